@@ -1,0 +1,29 @@
+"""NKAT-ViT. Importing this registers `nkat_vit` with timm."""
+
+from nkat_ray.model.attention import NKATAttention, filtered_softmax
+from nkat_ray.model.stem import ColorWiseLayerNorm, ConvStem
+from nkat_ray.model.vit import (
+    NKATVisionTransformer,
+    count_nkat_parameters,
+    count_parameters,
+    create_nkat_vit,
+    load_pretrained,
+    replace_head,
+    save_pretrained,
+    set_grey,
+)
+
+__all__ = [
+    "ColorWiseLayerNorm",
+    "ConvStem",
+    "NKATAttention",
+    "NKATVisionTransformer",
+    "count_nkat_parameters",
+    "count_parameters",
+    "create_nkat_vit",
+    "filtered_softmax",
+    "load_pretrained",
+    "replace_head",
+    "save_pretrained",
+    "set_grey",
+]

@@ -1,0 +1,193 @@
+"""The mathematics of NKAT attention: the filter, the modulation and the attention layer (docs/spec.md section 3).
+
+Legend of shapes: B images, H heads, N tokens, D embedding width, E = D / H, G = 4 streams of split heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import use_fused_attn
+from torch import Tensor, nn
+
+SCATTER_TOKENS = 64  # up to here explicit weights are faster, above it a boolean mask + SDPA (benchmarks/model_cost.py)
+STREAMS = 4  # split heads: red, green, blue, fused
+STREAM_HEADS = 2  # heads that each stream feeds
+
+
+def filtered_softmax(
+    scores: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Softmax over the last axis, restricted to the keys that top_k and then top_p keep.
+
+    scores / temperature; the `top_k` largest stay; of those the smallest prefix, in descending order, whose mass
+    (renormalised over what top_k kept) reaches `top_p` stays, the largest always; softmax over what is left.
+
+    Args:
+        scores: (..., N) of any floating type.
+        temperature: > 0.
+        top_k: keys kept for each query, >= 1; above N it keeps all; None is off. Of tied scores any may stay.
+        top_p: mass kept, 0 < top_p <= 1; None and 1 keep all.
+
+    Returns:
+        Weights (..., N): 0 for what was filtered out; float32, or float64 when scores are.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check_filter(temperature, top_k, top_p)
+    scores = _at_least_float32(scores) / temperature
+    if not _filters(scores.shape[-1], top_k, top_p):
+        return scores.softmax(-1)
+    values, index = _kept(scores, top_k, top_p)
+    return torch.zeros_like(scores).scatter(-1, index, values.softmax(-1))
+
+
+def keep_mask(scores: Tensor, *, top_k: int | None, top_p: float | None) -> Tensor:
+    """True where `filtered_softmax` keeps a key. `scores` (..., N) are divided by the temperature already."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    with torch.no_grad():
+        values, index = _kept(scores, top_k, top_p)
+        return mask.scatter_(-1, index, values > -torch.inf)
+
+
+def _kept(scores: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+    """The top_k scores (..., K) in descending order, -inf where top_p drops them, and their places (..., K)."""
+    tokens = scores.shape[-1]
+    values, index = scores.topk(min(top_k or tokens, tokens), dim=-1)
+    if top_p is None or top_p == 1:
+        return values, index
+    with torch.no_grad():  # which keys stay is a choice, it has no gradient
+        mass_before = values.softmax(-1)[..., :-1].cumsum(-1)  # of the second key and those after it
+        drop = F.pad(mass_before >= top_p, (1, 0))  # the first always stays
+    return values.masked_fill(drop, -torch.inf), index
+
+
+def _filters(tokens: int, top_k: int | None, top_p: float | None) -> bool:
+    """Whether the filter can drop anything among `tokens` keys."""
+    return (top_k is not None and top_k < tokens) or (top_p is not None and top_p < 1)
+
+
+def _check_filter(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be > 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be >= 1, or None to keep all")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must lie in 0 < top_p <= 1, or None to keep all")
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class NKATModulation(nn.Module):
+    """One factor a query token: 1 + strength * (alpha * tanh(mean(x)) + beta * sigmoid(var(x))).
+
+    Mean and population variance run over the embedding axis; alpha (0.1) and beta (0.05) are learned.
+
+    Args:
+        strength: nkat_strength * nkat_decay^l at block l.
+    """
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+        self.alpha = nn.Parameter(torch.tensor(0.1))
+        self.beta = nn.Parameter(torch.tensor(0.05))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D), the block's normalised input -> (B, N, 1)."""
+        variance, mean = torch.var_mean(_at_least_float32(x), dim=-1, correction=0, keepdim=True)
+        return 1 + self.strength * (self.alpha * mean.tanh() + self.beta * variance.sigmoid())
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"strength={self.strength:g}"
+
+
+class NKATAttention(nn.Module):
+    """Multi-head self-attention with the filter, then the modulation, then the output projection.
+
+    With `split_heads` the input is four streams (red, green, blue, fused): each feeds the queries, keys and values
+    of two heads, and the modulation reads the fused one.
+
+    Up to 64 tokens the weights are explicit and pass through the module `attn_drop`, where a hook sees them
+    (timm.utils.AttentionExtract). Above, unless timm's `set_fused_attn(False)` was called before the model was built,
+    the filter becomes a mask for scaled_dot_product_attention. Both give the same output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 8,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        nkat_strength: float = 0.0,
+        dropout: float = 0.0,
+        split_heads: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_filter(temperature, top_k, top_p)
+        if dim % num_heads:
+            raise ValueError(f"dim is {dim}; num_heads {num_heads} must divide it")
+        if split_heads and num_heads != STREAMS * STREAM_HEADS:
+            raise ValueError(f"num_heads is {num_heads}; split_heads needs {STREAMS * STREAM_HEADS}")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.split_heads = split_heads
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.attn_drop = nn.Dropout(dropout)
+        self.modulation = NKATModulation(nkat_strength)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D), or (B, 4, N, D) with split heads -> (B, N, D)."""
+        q, k, v = self._split_qkv(x) if self.split_heads else self._qkv(x)
+        out = rearrange(self._attend(q, k, v), "b h n e -> b n (h e)")
+        factor = self.modulation(x[:, -1] if self.split_heads else x)
+        return self.proj(out * factor.to(out.dtype))
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(self.qkv(x), "b n (c h e) -> c b h n e", c=3, h=self.num_heads)
+        return q, k, v
+
+    def _split_qkv(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of the projection belong to the streams in turn: (stream, q k v, head of the stream, E)."""
+        weight = rearrange(self.qkv.weight, "(g o) d -> g d o", g=STREAMS)
+        bias = rearrange(self.qkv.bias, "(g o) -> g 1 o", g=STREAMS)
+        out = torch.baddbmm(bias, rearrange(streams, "b g n d -> g (b n) d"), weight)
+        q, k, v = rearrange(out, "g (b n) (c h e) -> c b (g h) n e", b=len(streams), c=3, h=STREAM_HEADS)
+        return q, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, H, N, E) three times -> (B, H, N, E)."""
+        if self.fused_attn and (q.shape[-2] > SCATTER_TOKENS or not _filters(q.shape[-2], self.top_k, self.top_p)):
+            return self._masked_attention(q, k, v)
+        weights = filtered_softmax(self._scores(q, k), temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        return self.attn_drop(weights).to(v.dtype) @ v
+
+    def _masked_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = None
+        if _filters(q.shape[-2], self.top_k, self.top_p):
+            with torch.no_grad():
+                mask = keep_mask(self._scores(q, k) / self.temperature, top_k=self.top_k, top_p=self.top_p)
+        dropout = self.attn_drop.p if self.training else 0.0
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale / self.temperature
+        )
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """(B, H, N, N) in float32 or float64: in bfloat16 up to 7 % of the rows tie at the k-th place."""
+        with torch.autocast(q.device.type, enabled=False):
+            return (_at_least_float32(q) * self.scale) @ _at_least_float32(k).mT
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return (
+            f"num_heads={self.num_heads}, temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}, "
+            f"split_heads={self.split_heads}"
+        )

@@ -1,0 +1,136 @@
+"""From an image to tokens: Color-wise LayerNorm, ConvStem, patches, and the colour streams of split heads.
+
+docs/spec.md section 3. Legend of shapes: B images, C channels, N tokens, D embedding width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+from nkat_ray.config import IMAGE_SIZE, ColorNorm, ModelConfig, Stem
+
+STEM_WIDTHS = {"tiny": (32, 64), "small": (64, 128)}
+COLOURS = 3
+
+
+class ColorWiseLayerNorm(nn.Module):
+    """LayerNorm over the colour channels at every pixel: `off`, `layernorm` (literal) or `residual` (x + LN(x)).
+
+    Over three values it leaves one degree of freedom: brightness and saturation are lost, and a grey pixel becomes
+    exactly 0 (before the learned shift). So a model for grey images bypasses it: `bypass` is set from the model's
+    field `grey`, never guessed from pixels.
+    """
+
+    def __init__(self, mode: ColorNorm, *, bypass: bool = False) -> None:
+        super().__init__()
+        if mode not in ("off", "layernorm", "residual"):
+            raise ValueError(f"mode is {mode!r}; allowed: off, layernorm, residual")
+        self.mode = mode
+        self.bypass = bypass
+        self.norm = nn.Identity() if mode == "off" else nn.LayerNorm(COLOURS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 3, H, W)."""
+        if self.bypass or self.mode == "off":
+            return x
+        normed = rearrange(self.norm(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
+        return x + normed if self.mode == "residual" else normed
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"mode={self.mode}, bypass={self.bypass}"
+
+
+class ConvStem(nn.Sequential):
+    """Convolution, BatchNorm and GELU, two times (`tiny`) or three (`small`); `off` passes the image on.
+
+    tiny: 3 -> 32 -> 64 channels, 19,584 parameters. small: 3 -> 64 -> 128 -> 128, the last at stride 1.
+
+    Args:
+        kind: off, tiny or small.
+        stride: 4 (both first convolutions halve the map: 32 -> 8) or 2 (only the first: 32 -> 16).
+    """
+
+    def __init__(self, kind: Stem, *, stride: int = 4) -> None:
+        if kind not in ("off", *STEM_WIDTHS):
+            raise ValueError(f"kind is {kind!r}; allowed: off, tiny, small")
+        if stride not in (2, 4):
+            raise ValueError(f"stride is {stride}; allowed: 2, 4")
+        layers: list[nn.Module] = []
+        if kind != "off":
+            narrow, wide = STEM_WIDTHS[kind]
+            layers += [*_conv(COLOURS, narrow, stride=2), *_conv(narrow, wide, stride=stride // 2)]
+        if kind == "small":
+            layers += _conv(wide, wide, stride=1)
+        super().__init__(*layers)
+        self.out_channels = COLOURS if kind == "off" else wide
+        self.stride = 1 if kind == "off" else stride
+
+
+def _conv(inputs: int, outputs: int, *, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1), nn.BatchNorm2d(outputs), nn.GELU()]
+
+
+class ColourEmbed(nn.Module):
+    """One embedding a colour and token, from that colour alone: the streams of Split-Head Attention.
+
+    A grouped convolution on the image, one group a channel, whose kernel and stride are one token's cell.
+
+    Args:
+        dim: embedding width D.
+        cell: side of a token's cell on the image, in pixels (patch_size x stem stride).
+    """
+
+    def __init__(self, dim: int, *, cell: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(COLOURS, COLOURS * dim, cell, stride=cell, groups=COLOURS)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 3, N, D)."""
+        return rearrange(self.proj(image), "b (c d) h w -> b c (h w) d", c=COLOURS)
+
+
+class NKATEmbed(PatchEmbed):  # type: ignore[misc]  # timm is not typed
+    """Image -> tokens: Color-wise LayerNorm, ConvStem, then timm's patch embedding on the stem's map.
+
+    With split heads the three colour streams are stacked before the fused tokens, so that everything between here
+    and block 0 (positions, dropout) treats the four alike.
+    """
+
+    def __init__(
+        self, *, config: ModelConfig, grey: bool, embed_dim: int, patch_size: int, bias: bool = True, **_timm: Any
+    ) -> None:
+        stem = ConvStem(config.conv_stem, stride=config.stem_stride)
+        super().__init__(config.map_size, patch_size, stem.out_channels, embed_dim, bias=bias)
+        self.color_norm = ColorWiseLayerNorm(config.color_norm, bypass=grey)
+        self.stem = stem
+        self.colours = ColourEmbed(embed_dim, cell=self.feat_ratio()) if config.split_heads else None
+
+    def feat_ratio(self, as_scalar: bool = True) -> Any:
+        """Side of a token's cell on the image, in pixels."""
+        cell = self.patch_size[0] * self.stem.stride
+        return cell if as_scalar else (cell, cell)
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the grid of tokens."""
+        height, width = self.grid_size
+        return height, width
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, 32, 32) -> (B, N, D), or (B, 4, N, D) with split heads (red, green, blue, fused)."""
+        if image.shape[1:] != (COLOURS, IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(f"images are {tuple(image.shape)}; expected (B, {COLOURS}, {IMAGE_SIZE}, {IMAGE_SIZE})")
+        fused = self._patches(self.stem(self.color_norm(image)))
+        if self.colours is None:
+            return fused
+        return torch.cat([self.colours(image), fused.unsqueeze(1)], dim=1)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """The patch convolution as one matrix product: tokens come out contiguous, not as a transposed map."""
+        side, _ = self.patch_size
+        cells = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)
+        return F.linear(cells, self.proj.weight.flatten(1), self.proj.bias)
