@@ -1,0 +1,1 @@
+"""Training in plain PyTorch: augmentation, optimizer, loop and checkpoints; knows nothing of Ray."""

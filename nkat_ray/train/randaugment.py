@@ -1,0 +1,209 @@
+"""RandAugment image by image on a whole batch, equal to torchvision's operation by operation.
+
+torchvision, kornia and timm draw one operation a batch, or work image by image. Here every image draws its own, the
+images that drew the same are gathered, and torchvision's own function is applied to each group.
+"""
+
+import functools
+import math
+from typing import Final
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import pad
+from torchvision.transforms.v2 import functional as F
+
+MAGNITUDE_BINS: Final = 31  # torchvision's num_magnitude_bins: magnitudes 0..30
+
+# torchvision.transforms.RandAugment's operations in its order, and whether their strength takes a random sign.
+OPERATIONS: Final = {
+    "Identity": False,
+    "ShearX": True,
+    "ShearY": True,
+    "TranslateX": True,
+    "TranslateY": True,
+    "Rotate": True,
+    "Brightness": True,
+    "Color": True,
+    "Contrast": True,
+    "Sharpness": True,
+    "Posterize": False,
+    "Solarize": False,
+    "AutoContrast": False,
+    "Equalize": False,
+}
+_NAMES: Final = tuple(OPERATIONS)
+_AFFINE: Final = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse anything but uint8 (B, 3, H, W).
+
+    Raises:
+        ValueError: another type or shape.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; pass torch.uint8 (B, 3, H, W)")
+
+
+def rand_augment(images: Tensor, *, num_ops: int, magnitude: int, generator: Generator) -> Tensor:
+    """RandAugment (Cubuk et al. 2020) with torchvision's operations, strengths and sampling, drawn for each image.
+
+    Every image gets `num_ops` operations, one after another, each uniform among the 14 (with repetition), with a fair
+    random sign where the operation has one. Sampling is nearest and what enters the image is black, torchvision's
+    defaults. On the CPU the result equals torchvision's tensor functions bit for bit.
+
+    Args:
+        images: uint8 (B, 3, H, W); not modified.
+        num_ops: operations an image, >= 0.
+        magnitude: row of torchvision's table of 31 strengths, 0..30.
+        generator: source of all draws; on the CPU it gives the same draws for images on any device.
+
+    Returns:
+        uint8 (B, 3, H, W).
+
+    Raises:
+        ValueError: wrong images, num_ops below 0 or magnitude outside 0..30.
+    """
+    check_images(images)
+    if num_ops < 0:
+        raise ValueError(f"num_ops is {num_ops}; it must be >= 0")
+    if not 0 <= magnitude < MAGNITUDE_BINS:
+        raise ValueError(f"magnitude is {magnitude}; allowed: 0..{MAGNITUDE_BINS - 1}")
+    for _ in range(num_ops):
+        operation, negative = draw_operations(len(images), generator=generator)
+        images = _apply_each(images, operation, negative, magnitude)
+    return images
+
+
+def draw_operations(n: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
+    """One operation and one sign for each of n images, independent and uniform.
+
+    Returns:
+        operation, int64 (n,): position in `OPERATIONS`; negative, bool (n,): turn the strength's sign if it has one.
+    """
+    operation = torch.randint(len(OPERATIONS), (n,), generator=generator, device=generator.device)
+    negative = torch.randint(2, (n,), generator=generator, device=generator.device).bool()
+    return operation, negative
+
+
+def strength(name: str, magnitude: int, *, height: int, width: int) -> float:
+    """Row `magnitude` of torchvision's table of 31 for images of height x width pixels; without a sign.
+
+    Units: shears a slope, translations pixels, Rotate degrees, Brightness to Sharpness the distance of the factor
+    from 1, Posterize bits kept, Solarize a fraction of 255; 0 where the operation has no strength.
+    """
+    if name in ("Identity", "AutoContrast", "Equalize"):
+        return 0.0
+    if name == "Posterize":
+        return float(round(8 - magnitude / ((MAGNITUDE_BINS - 1) / 4)))
+    first, last = {
+        "ShearX": (0.0, 0.3),
+        "ShearY": (0.0, 0.3),
+        "TranslateX": (0.0, 150.0 / 331.0 * width),
+        "TranslateY": (0.0, 150.0 / 331.0 * height),
+        "Rotate": (0.0, 30.0),
+        "Solarize": (1.0, 0.0),
+    }.get(name, (0.0, 0.9))
+    return float(torch.linspace(first, last, MAGNITUDE_BINS)[magnitude])  # torchvision's own float32 rounding
+
+
+def apply_operation(images: Tensor, name: str, value: float) -> Tensor:
+    """One operation at one signed strength on every image: torchvision's own function.
+
+    Args:
+        images: uint8 (B, 3, H, W); not modified.
+        name: one of `OPERATIONS`.
+        value: what `strength` gives, with its sign.
+
+    Returns:
+        uint8 (B, 3, H, W); `images` itself for Identity.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name in _AFFINE:
+        return _move(images, name, value)
+    result: Tensor
+    match name:
+        case "Identity":
+            result = images
+        case "Brightness":
+            result = F.adjust_brightness(images, 1.0 + value)
+        case "Color":
+            result = F.adjust_saturation(images, 1.0 + value)
+        case "Contrast":
+            result = F.adjust_contrast(images, 1.0 + value)
+        case "Sharpness":
+            result = F.adjust_sharpness(images, 1.0 + value)
+        case "Posterize":
+            result = F.posterize(images, int(value))
+        case "Solarize":
+            result = F.solarize(images, 255.0 * value)
+        case "AutoContrast":
+            result = F.autocontrast(images)
+        case "Equalize":
+            result = F.equalize(images)
+        case _:
+            raise ValueError(f"operation is {name!r}; it must be one of {', '.join(OPERATIONS)}")
+    return result
+
+
+def _apply_each(images: Tensor, operation: Tensor, negative: Tensor, magnitude: int) -> Tensor:
+    """Apply to each image the operation that it drew, group by group."""
+    signed = torch.tensor(list(OPERATIONS.values()), device=operation.device)
+    code = 2 * operation + (negative & signed[operation])
+    counts = torch.bincount(code, minlength=2 * len(OPERATIONS)).tolist()
+    groups = torch.split(code.argsort().to(images.device), counts)
+    out = images.clone()
+    for number, group in enumerate(groups):
+        name = _NAMES[number // 2]
+        if len(group) and name != "Identity":
+            value = strength(name, magnitude, height=images.shape[2], width=images.shape[3])
+            out[group] = apply_operation(images[group], name, -value if number % 2 else value)
+    return out
+
+
+def _move(images: Tensor, name: str, value: float) -> Tensor:
+    """Shear, translate or rotate: every image takes its pixels from the same places."""
+    n, channels, height, width = images.shape
+    source = _source_pixels(name, value, height, width, images.device)
+    with_black = pad(images.flatten(2), (1, 0))  # pixel 0 is what lies outside the image
+    return with_black.gather(2, source.expand(n, channels, -1)).view_as(images)
+
+
+@functools.lru_cache(maxsize=1024)
+def _source_pixels(name: str, value: float, height: int, width: int, device: torch.device) -> Tensor:
+    """Where each pixel comes from: torchvision's own nearest sampling of an image that holds its pixels' numbers.
+
+    It is computed on the CPU for every device, so that rounding at half a pixel is the same on all.
+
+    Returns:
+        int64 (H * W,): 1 + the source pixel's number in row order, 0 for outside.
+    """
+    numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width)
+    match name:
+        case "ShearX":
+            moved = _affine(numbers, shear=[math.degrees(math.atan(value)), 0.0], center=[0.0, 0.0])
+        case "ShearY":
+            moved = _affine(numbers, shear=[0.0, math.degrees(math.atan(value))], center=[0.0, 0.0])
+        case "TranslateX":
+            moved = _affine(numbers, translate=[int(value), 0])
+        case "TranslateY":
+            moved = _affine(numbers, translate=[0, int(value)])
+        case _:
+            moved = F.rotate(numbers, value)
+    return moved.long().flatten().to(device)
+
+
+def _affine(
+    image: Tensor,
+    *,
+    shear: list[float] | None = None,
+    translate: list[float] | None = None,
+    center: list[float] | None = None,
+) -> Tensor:
+    moved: Tensor = F.affine(
+        image, angle=0.0, translate=translate or [0, 0], scale=1.0, shear=shear or [0.0, 0.0], center=center
+    )
+    return moved
