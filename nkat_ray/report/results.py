@@ -1,0 +1,291 @@
+"""From Stage 2's rows to scores, ranking and verdict (docs/spec.md section 2): pure functions on the tables' rows.
+
+A row is one survivor on one dataset (`tables.STAGE2_SCHEMA`). Validation figures decide the ranking; test figures are
+what is reported.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from nkat_ray.metrics import (
+    ACCURACY_TARGETS,
+    BEFORE,
+    GLOBAL_TARGETS,
+    LAMBDA_MODELS,
+    STAGE2_DATASETS,
+    TPE_TARGETS,
+    Stage2Scores,
+    accuracy_for,
+    counts,
+    stage2_scores,
+)
+
+Rows = Iterable[Mapping[str, Any]]
+Status = Literal["reached", "not reached", "undecided"]
+
+NOTES_GATE: Final = 0.60  # the gate of the notes; every report says when another one was used
+INTERRUPTED: Final = 130  # exit code of a run that Ctrl-C ended
+METRIC_NAMES: Final = {"global_tpe": "Global TPE", "consistency": "Consistency", "robustness": "Robustness"}
+DATASET_NAMES: Final = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "emnist_letters": "EMNIST letters",
+    "cifar10": "CIFAR-10",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether Round-2's target is reached, and one sentence that says why."""
+
+    status: Status
+    sentence: str
+
+
+@dataclass(frozen=True)
+class ScoreLine:
+    """One line of the table metric | before | now | target | gap. `now` is NaN where nothing counts."""
+
+    metric: str
+    before: float
+    now: float
+    target: float
+    interval: tuple[float, float] | None
+
+    @property
+    def gap(self) -> float:
+        """Now - target: >= 0 is met."""
+        return self.now - self.target
+
+    @property
+    def met(self) -> bool:
+        """Whether now has reached the target; NaN has not."""
+        return self.now >= self.target
+
+
+@dataclass(frozen=True)
+class Miss:
+    """The trial that came closest to the gate, and what it lacked."""
+
+    trial: int
+    accuracy: float
+    needed: float  # may exceed 1: then no accuracy passes the gate at this lambda
+    lambda_theory: float
+
+
+def of_trial(rows: Rows, trial: int) -> dict[str, Mapping[str, Any]]:
+    """One survivor's rows by dataset: the notes' four, of which some may be absent."""
+    return {row["dataset"]: row for row in rows if row["trial"] == trial and row["dataset"] in STAGE2_DATASETS}
+
+
+def counts_on_validation(row: Mapping[str, Any]) -> bool:
+    """Whether a row counts in the ranking: validation above chance.
+
+    A `failed` status does not matter here: it may come from the test images, which are read after the ranking.
+    """
+    return row["status"] != "missing" and _present(row, "val_tpe") and _above_chance(row, "val_accuracy")
+
+
+def counts_on_test(row: Mapping[str, Any]) -> bool:
+    """Whether a row counts in the result: evaluated, and the test accuracy is above chance."""
+    return row["status"] == "ok" and _present(row, "tpe") and _above_chance(row, "test_accuracy")
+
+
+def validation_scores(rows: Rows, trial: int) -> Stage2Scores:
+    """A survivor's aggregates from validation scores (`val_tpe`): these decide the ranking."""
+    mine = of_trial(rows, trial)
+    return _scores({name: row["val_tpe"] for name, row in mine.items() if counts_on_validation(row)})
+
+
+def result_scores(rows: Rows, trial: int, column: str = "tpe") -> Stage2Scores:
+    """A survivor's aggregates from test scores: these are the result.
+
+    Args:
+        rows: stage2 rows.
+        trial: the survivor.
+        column: "tpe" (the chosen lambda model), "tpe_notes", "tpe_counted" or "tpe_millions".
+    """
+    mine = of_trial(rows, trial)
+    return _scores({name: row[column] for name, row in mine.items() if counts_on_test(row) and _present(row, column)})
+
+
+def global_tpe_by_model(rows: Rows, trial: int) -> dict[str, float]:
+    """Global TPE on test under each of the three lambda models; NaN where nothing counts."""
+    rows = list(rows)
+    return {model: result_scores(rows, trial, f"tpe_{model}").global_tpe for model in LAMBDA_MODELS}
+
+
+def rank(rows: Rows, lambdas: Mapping[int, float]) -> list[int]:
+    """Survivors, best first: datasets that count, then validation Global TPE, then lower lambda, then lower number.
+
+    Args:
+        rows: stage2 rows; only validation figures are read.
+        lambdas: lambda_theory of each survivor (the chosen model).
+    """
+    rows = list(rows)
+
+    def key(trial: int) -> tuple[float, float, float, int]:
+        scores = validation_scores(rows, trial)
+        tpe = -math.inf if math.isnan(scores.global_tpe) else scores.global_tpe
+        return -scores.robustness, -tpe, lambdas.get(trial, math.inf), trial
+
+    return sorted({row["trial"] for row in rows}, key=key)
+
+
+def global_interval(rows: Rows, trial: int) -> tuple[float, float] | None:
+    """95 % interval of a survivor's Global TPE on test, from the datasets' Wilson intervals; None where nothing counts.
+
+    With TPE_d = accuracy_d / L, L = log10(1 + lambda), and Wilson bounds [l_d, u_d] of accuracy_d over independent test
+    sets, the bounds of the sum follow from the distances of each bound to its estimate (MOVER: Zou & Donner 2008,
+    Statistics in Medicine 27, 1693-1702), and k counted datasets make the mean:
+
+        low = mean - sqrt(sum (accuracy_d - l_d)^2) / (k L),    high = mean + sqrt(sum (u_d - accuracy_d)^2) / (k L)
+
+    It covers the choice of test images, not the spread between seeds.
+    """
+    counted = [row for row in of_trial(rows, trial).values() if counts_on_test(row)]
+    if not counted or not all(_present(row, "ci_low") and _present(row, "ci_high") for row in counted):
+        return None
+    mean = math.fsum(row["tpe"] for row in counted) / len(counted)
+    scale = [row["tpe"] / row["test_accuracy"] for row in counted]  # 1 / L; above chance, so never 0 / 0
+    below = math.hypot(*(s * (row["test_accuracy"] - row["ci_low"]) for s, row in zip(scale, counted, strict=True)))
+    above = math.hypot(*(s * (row["ci_high"] - row["test_accuracy"]) for s, row in zip(scale, counted, strict=True)))
+    return mean - below / len(counted), mean + above / len(counted)
+
+
+def scorecard(rows: Rows, trial: int | None) -> list[ScoreLine]:
+    """The table metric | before | now | target | gap of docs/spec.md section 1; all NaN and 0 without a winner."""
+    rows = list(rows)
+    scores = Stage2Scores(math.nan, math.nan, 0.0) if trial is None else result_scores(rows, trial)
+    interval = None if trial is None else global_interval(rows, trial)
+    return [
+        ScoreLine(
+            metric=metric,
+            before=BEFORE[metric],
+            now=getattr(scores, metric),
+            target=GLOBAL_TARGETS[metric],
+            interval=interval if metric == "global_tpe" else None,
+        )
+        for metric in METRIC_NAMES
+    ]
+
+
+def datasets_counted(rows: Rows, trial: int | None) -> int:
+    """The k of "k of 4": datasets that count in a survivor's result."""
+    return 0 if trial is None else sum(counts_on_test(row) for row in of_trial(rows, trial).values())
+
+
+def verdict(
+    rows: Rows, winner: int | None, *, finished: bool = True, gate: float = NOTES_GATE, survivors: int = 0
+) -> Verdict:
+    """Whether the winner reaches Round-2's targets.
+
+    Undecided while the run goes on, with fewer than four datasets, and while the 95 % interval of Global TPE holds the
+    target; not reached when nothing passed the gate, or when Global TPE or Consistency lies below its target.
+
+    Args:
+        rows: stage2 rows.
+        winner: the best survivor's number, or None.
+        finished: whether the run has ended.
+        gate: Local TPE that a trial had to reach, for the sentence.
+        survivors: trials that passed it; only looked at where there is no winner.
+    """
+    rows = list(rows)
+    if winner is None:
+        return _without_winner(finished=finished, gate=gate, survivors=survivors)
+    total, target = len(STAGE2_DATASETS), GLOBAL_TARGETS["global_tpe"]
+    scores, interval, counted = (
+        result_scores(rows, winner),
+        global_interval(rows, winner),
+        datasets_counted(rows, winner),
+    )
+    if counted < total:
+        return Verdict("undecided", f"Undecided: trial {winner} counts on only {counted} of {total} datasets.")
+    low, high = interval or (scores.global_tpe, scores.global_tpe)
+    figure = f"Global TPE {scores.global_tpe:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    if low < target <= high:
+        return Verdict(
+            "undecided", f"Undecided: trial {winner} has {figure}, not distinct from the target {target:.2f}."
+        )
+    if scores.global_tpe < target:
+        return Verdict("not reached", f"Not reached: trial {winner} has {figure}, below the target {target:.2f}.")
+    if scores.consistency < GLOBAL_TARGETS["consistency"]:
+        needed = GLOBAL_TARGETS["consistency"]
+        missed = f"but Consistency {scores.consistency:.3f} is below {needed:.2f}"
+        return Verdict("not reached", f"Not reached: trial {winner} has {figure}, {missed}.")
+    return Verdict("reached", f"Reached: trial {winner} has {figure}, at or above the target {target:.2f}.")
+
+
+def _without_winner(*, finished: bool, gate: float, survivors: int) -> Verdict:
+    if not finished:
+        return Verdict("undecided", "Undecided: the run has not ended and has no result yet.")
+    if survivors:
+        return Verdict("undecided", f"Undecided: {survivors} passed the gate, but Stage 2 has no result.")
+    return Verdict("not reached", f"Not reached: no trial passed the gate (Local TPE {gate:.2f} on CIFAR-10).")
+
+
+def verdict_of(summary: Mapping[str, Any], rows: Rows) -> Verdict:
+    """The verdict of a run from its summary and Stage 2 rows."""
+    winner = summary["winner"]["trial"] if summary.get("winner") else None
+    return verdict(
+        rows,
+        winner,
+        finished=summary.get("exit_code") not in (None, INTERRUPTED),
+        gate=summary.get("gate", NOTES_GATE),
+        survivors=len(summary.get("survivors") or ()),
+    )
+
+
+def nearest_miss(trials: Rows, gate: float) -> Miss | None:
+    """The trial with the best Local TPE and the accuracy that the gate asks for at its lambda; None without a score."""
+    scored = [row for row in trials if _present(row, "best_local_tpe") and _present(row, "lambda_theory")]
+    if not scored:
+        return None
+    best = max(scored, key=lambda row: (row["best_local_tpe"], -row["trial"]))
+    needed = accuracy_for(gate, best["lambda_theory"])
+    return Miss(best["trial"], best["best_val_accuracy"], needed, best["lambda_theory"])
+
+
+def dataset_targets(dataset: str) -> tuple[float | None, float | None]:
+    """Target accuracy and target TPE of a dataset; None for one that the notes do not name."""
+    return ACCURACY_TARGETS.get(dataset), TPE_TARGETS.get(dataset)
+
+
+def synthetic_data(summary: Mapping[str, Any]) -> bool:
+    """Whether any dataset of a run was generated rather than real."""
+    return any(str(item.get("source", "")).startswith("synthetic") for item in (summary.get("data") or {}).values())
+
+
+def notices(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before any figure: generated data, another gate than the notes'."""
+    found = []
+    if synthetic_data(summary):
+        found.append("SYNTHETIC DATA: generated images; no figure below says anything about the real datasets")
+    gate = summary.get("gate")
+    if gate is not None and gate != NOTES_GATE:
+        found.append(f"gate {gate:.2f} (preset {summary.get('preset')}; the notes' gate is {NOTES_GATE:.2f})")
+    return found
+
+
+def stop_counts(trials: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Ended trials by stop reason, most frequent first."""
+    found: dict[str, int] = {}
+    for row in trials:
+        if row.get("stop_reason"):
+            found[row["stop_reason"]] = found.get(row["stop_reason"], 0) + 1
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _scores(tpes: Mapping[str, float]) -> Stage2Scores:
+    return stage2_scores({name: tpes.get(name) for name in STAGE2_DATASETS})
+
+
+def _present(row: Mapping[str, Any], key: str) -> bool:
+    value = row.get(key)
+    return value is not None and math.isfinite(value)
+
+
+def _above_chance(row: Mapping[str, Any], key: str) -> bool:
+    return _present(row, key) and counts(row[key], row["classes"])

@@ -1,0 +1,275 @@
+"""A fake but plausible run folder, written through the tables: 8 trials, one of each end."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nkat_ray.config import RunConfig, TrialConfig
+from nkat_ray.metrics import (
+    ACCURACY_TARGETS,
+    GLOBAL_TARGETS,
+    STAGE2_DATASETS,
+    TPE_TARGETS,
+    lambda_notes,
+    tpe_score,
+    wilson_interval,
+)
+from nkat_ray.report import results, tables
+
+EPOCHS = 12
+GATE = 0.42
+CLASSES = {"mnist": 10, "fashion_mnist": 10, "emnist_letters": 26, "cifar10": 10}
+# (how it ends, epochs, the accuracy its curve tends to, configuration)
+ENDS: tuple[tuple[str | None, int, float, dict[str, Any]], ...] = (
+    ("finished", 12, 0.63, {}),
+    ("gate", 12, 0.53, {"conv_stem": "off", "patch_size": 4, "depth": 5, "temperature": 0.6}),
+    ("asha", 3, 0.40, {"embed_dim": 448, "depth": 6, "temperature": 0.83, "top_p": 0.91}),
+    ("nan", 4, 0.45, {"conv_stem": "off", "depth": 9, "temperature": 0.97, "top_p": 0.95}),
+    ("smoke", 10, 0.43, {"conv_stem": "off", "patch_size": 4, "embed_dim": 512, "temperature": 0.71}),
+    ("finished", 12, 0.69, {"conv_stem": "small", "embed_dim": 512, "depth": 6, "temperature": 0.66, "top_p": 0.86}),
+    ("error", 0, 0.0, {"embed_dim": 512, "depth": 9, "temperature": 0.9, "top_p": 0.93}),
+    ("asha", 9, 0.66, {"conv_stem": "small", "patch_size": 4, "depth": 8, "temperature": 0.78, "top_p": 0.88}),
+)
+
+
+@dataclass(frozen=True)
+class FakeRun:
+    """A run folder and what was written into it."""
+
+    folder: Path
+    trials: list[tables.Row]
+    curves: list[tables.Row]
+    stage2: list[tables.Row]
+    summary: dict[str, Any]
+
+
+def fake_curve(trial: int, epochs: int, accuracy: float, lam: float, *, diverges: bool) -> list[tables.Row]:
+    rows = []
+    for epoch in range(1, epochs + 1):
+        value = accuracy * (1 - 0.75 * math.exp(-epoch / 2.5)) + 0.004 * math.sin(3.0 * epoch + trial)
+        broken = diverges and epoch == epochs
+        rows.append(
+            {
+                "trial": trial,
+                "epoch": epoch,
+                "train_loss": math.nan if broken else 2.3 * math.exp(-epoch / 9) + 0.02 * math.cos(epoch),
+                "val_accuracy": math.nan if broken else round(value, 4),
+                "local_tpe": math.nan if broken else tpe_score(round(value, 4), lam),
+                "lr": 2e-4 * min(1, epoch / 2) * 0.5 * (1 + math.cos(math.pi * epoch / EPOCHS)),
+                "images_per_s": 2400.0 + 50 * trial + 7 * epoch,
+                "epoch_s": 4.0 + 0.3 * trial,
+                "started_s": 20.0 * (trial // 2) + (epoch - 1) * (4.0 + 0.3 * trial),
+            }
+        )
+    return rows
+
+
+def fake_trial(trial: int, reason: str | None, curve: list[tables.Row], config: TrialConfig, gate: float) -> tables.Row:
+    lam = lambda_notes(config.conv_stem, config.embed_dim)
+    scored = [row for row in curve if math.isfinite(row["local_tpe"])]
+    best = max(scored, key=lambda row: row["local_tpe"], default=None)
+    train_s = sum(row["epoch_s"] for row in curve)
+    return {
+        "trial": trial,
+        "trial_id": f"a1b2c_{trial:05}",
+        **tables.config_columns(config),
+        "stop_reason": reason,
+        "epochs": len(curve),
+        "best_epoch": best and best["epoch"],
+        "best_val_accuracy": best["val_accuracy"] if best else math.nan,
+        "best_local_tpe": best["local_tpe"] if best else math.nan,
+        "lambda_theory": lam,
+        "passed_gate": bool(best and best["local_tpe"] >= gate),
+        "seed": 1000 + trial,
+        "gpus": 0.5,
+        "cpus": 2.0,
+        "node": f"10.0.0.{1 + trial % 2}",
+        "started_s": 20.0 * (trial // 2),
+        "train_s": train_s,
+        "wall_s": train_s + 3.0,
+        "error": "RuntimeError: CUDA out of memory <b>[/red]" if reason == "error" else None,
+        "stop_detail": f"stopped by {reason}",
+    }
+
+
+def fake_stage2(
+    trial: int, lam: float, accuracies: dict[str, float | None], *, n_test: int = 10_000, n_val: int = 5000
+) -> list[tables.Row]:
+    """Rows of one survivor; an accuracy of None is a missing dataset."""
+    rows = []
+    for dataset in STAGE2_DATASETS:
+        accuracy = accuracies[dataset]
+        row: tables.Row = {
+            "trial": trial,
+            "dataset": dataset,
+            "classes": CLASSES[dataset],
+            "mode": "finetune" if dataset != "cifar10" else "as it is",
+            "status": "missing",
+            "seconds": 30.0,
+        }
+        if accuracy is None:
+            rows.append(row | {"error": "not found: <script>alert(1)</script>"})
+            continue
+        successes = round(accuracy * n_test)
+        accuracy = successes / n_test
+        low, high = wilson_interval(successes, n_test)
+        rows.append(
+            row
+            | {
+                "status": "ok" if accuracy > 1 / CLASSES[dataset] else "failed",
+                "val_accuracy": accuracy,
+                "n_val": n_val,
+                "val_tpe": tpe_score(accuracy, lam),
+                "test_accuracy": accuracy,
+                "n_test": n_test,
+                "ci_low": low,
+                "ci_high": high,
+                "tpe": tpe_score(accuracy, lam),
+                "tpe_notes": tpe_score(accuracy, lam),
+                "tpe_counted": tpe_score(accuracy, 28),
+                "tpe_millions": tpe_score(accuracy, 12.6),
+            }
+        )
+    return rows
+
+
+def fake_summary(
+    trials: list[tables.Row], stage2: list[tables.Row], *, gate: float, preset: str, source: str, exit_code: int | None
+) -> dict[str, Any]:
+    survivors = [row["trial"] for row in trials if row["passed_gate"]]
+    order = results.rank(stage2, {row["trial"]: row["lambda_theory"] for row in trials})
+    winner = order[0] if order else None
+    found = results.verdict(stage2, winner, finished=exit_code is not None, gate=gate, survivors=len(survivors))
+    return {
+        "preset": preset,
+        "gate": gate,
+        "lambda_model": "notes",
+        "seed": 7,
+        "data": {
+            name: {"source": source, "digest": "sha256:" + f"{i}" * 64, "train": 60_000, "test": 10_000}
+            for i, name in enumerate(STAGE2_DATASETS)
+        },
+        "n_trials": len(trials),
+        "stop_reasons": results.stop_counts(trials),
+        "survivors": survivors,
+        "winner": None if winner is None else fake_winner(winner, trials, stage2),
+        "verdict": found.status,
+        "verdict_sentence": found.sentence,
+        "targets": {"accuracy": ACCURACY_TARGETS, "tpe": TPE_TARGETS, **GLOBAL_TARGETS},
+        "training_share": 0.91,
+        "wall_s": 312.5,
+        "versions": {"nkat_ray": "0.1.0", "python": "3.11.2", "torch": "2.15.0", "ray": "2.60.0"},
+        "exit_code": exit_code,
+    }
+
+
+def fake_winner(winner: int, trials: list[tables.Row], stage2: list[tables.Row]) -> dict[str, Any]:
+    scores = results.result_scores(stage2, winner)
+    return {
+        "trial": winner,
+        "config": tables.config_of(trials[winner]),
+        "val_global_tpe": results.validation_scores(stage2, winner).global_tpe,
+        "global_tpe": scores.global_tpe,
+        "consistency": scores.consistency,
+        "robustness": scores.robustness,
+        "datasets": {row["dataset"]: {"accuracy": row.get("test_accuracy"), "tpe": row.get("tpe")} for row in stage2},
+    }
+
+
+def fake_journal(path: Path, trials: list[tables.Row]) -> None:
+    """An Optuna journal of the same trials."""
+    import optuna
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import TrialState, create_trial
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space = {
+        "conv_stem": CategoricalDistribution(["off", "tiny", "small"]),
+        "patch_size": CategoricalDistribution([2, 4]),
+        "embed_dim": IntDistribution(384, 512, step=64),
+        "depth": IntDistribution(5, 9),
+        "temperature": FloatDistribution(0.6, 1.0),
+        "top_p": FloatDistribution(0.80, 0.95),
+    }
+    study = optuna.create_study(storage=JournalStorage(JournalFileBackend(str(path))), direction="maximize")
+    for row in trials:
+        score = row["best_local_tpe"]
+        states = {"finished": TrialState.COMPLETE, "asha": TrialState.COMPLETE, "gate": TrialState.COMPLETE}
+        state = states.get(row["stop_reason"], TrialState.FAIL)
+        study.add_trial(
+            create_trial(
+                state=state,
+                params={name: row[tables.CONFIG_PREFIX + name] for name in space},
+                distributions=space,
+                value=score if state == TrialState.COMPLETE else None,
+            )
+        )
+
+
+def build_run(
+    folder: Path,
+    *,
+    gate: float = GATE,
+    preset: str = "laptop",
+    source: str = "torchvision's layout in /data",
+    emnist: float | None = 0.88,
+    running: bool = False,
+    repeat: int = 1,
+    journal: bool = False,
+) -> FakeRun:
+    """Write a run folder: `gate` 1.0 lets nobody pass, `running` leaves out its end, `repeat` multiplies the trials."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trials: list[tables.Row] = []
+    curves: list[tables.Row] = []
+    stage2: list[tables.Row] = []
+    for trial in range(repeat * len(ENDS)):
+        reason, epochs, accuracy, changes = ENDS[trial % len(ENDS)]
+        config = TrialConfig(epochs=EPOCHS, **changes)
+        lam = lambda_notes(config.conv_stem, config.embed_dim)
+        curve = fake_curve(trial, epochs, accuracy, lam, diverges=reason == "nan")
+        row = fake_trial(trial, reason, curve, config, gate)
+        if running and trial == repeat * len(ENDS) - 1:
+            row |= {"stop_reason": None, "wall_s": None}
+        trials.append(row)
+        curves += curve
+        if row["passed_gate"] and not running:
+            shown = {
+                "mnist": 0.985,
+                "fashion_mnist": 0.89,
+                "emnist_letters": emnist,
+                "cifar10": row["best_val_accuracy"] - 0.01,
+            }
+            stage2 += fake_stage2(trial, lam, shown)
+    config = RunConfig.from_preset(preset, name=folder.name, gate=gate, epochs=EPOCHS)
+    (folder / tables.CONFIG_FILE).write_text(json.dumps(tables.plain(dataclasses.asdict(config))))
+    metadata = {"name": folder.name, "gate": gate, "seed": 7}
+    tables.write_trials(folder / tables.TRIALS_FILE, trials, metadata=metadata)
+    tables.write_curves(folder / tables.CURVES_FILE, curves, metadata=metadata)
+    exit_code = None if running else 0 if stage2 else 3
+    summary = fake_summary(trials, stage2, gate=gate, preset=preset, source=source, exit_code=exit_code)
+    if not running:
+        tables.write_stage2(folder / tables.STAGE2_FILE, stage2, metadata=metadata)
+        tables.write_summary(folder / tables.SUMMARY_FILE, summary)
+    if journal:
+        fake_journal(folder / tables.JOURNAL_FILE, trials)
+    return FakeRun(folder, tables.read_trials(folder / tables.TRIALS_FILE), curves, stage2, summary)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., FakeRun]:
+    """`make_run(**options)`: a fresh fake run folder."""
+    return lambda name="fake-run", **options: build_run(tmp_path / name, **options)
+
+
+@pytest.fixture
+def stage2_rows() -> Callable[..., list[tables.Row]]:
+    """`stage2_rows(trial, lam, {dataset: accuracy})`: rows of one survivor."""
+    return fake_stage2

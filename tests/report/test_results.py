@@ -1,0 +1,138 @@
+"""Aggregates, ranking, intervals and verdict against sums done by hand."""
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+
+from nkat_ray.report import results, tables
+
+ALL = {"mnist": 0.99, "fashion_mnist": 0.90, "emnist_letters": 0.85, "cifar10": 0.70}
+Rows = Callable[..., list[tables.Row]]
+
+
+def test_scores_are_those_of_the_datasets_that_count(stage2_rows: Rows) -> None:
+    rows = stage2_rows(0, 9, ALL)  # lambda 9: log10(10) = 1, so a TPE is its accuracy
+    scores = results.result_scores(rows, 0)
+    assert scores.global_tpe == pytest.approx(0.86)
+    variance = (0.13**2 + 0.04**2 + 0.01**2 + 0.16**2) / 4
+    assert scores.consistency == pytest.approx(1 - math.sqrt(variance))
+    assert scores.robustness == 1.0
+    assert results.validation_scores(rows, 0) == scores
+
+
+def test_a_dataset_at_chance_or_missing_does_not_count(stage2_rows: Rows) -> None:
+    rows = stage2_rows(0, 9, {**ALL, "cifar10": 0.10, "emnist_letters": None})
+    assert results.datasets_counted(rows, 0) == 2
+    assert results.result_scores(rows, 0).robustness == 0.5
+    assert results.result_scores(rows, 0).global_tpe == pytest.approx((0.99 + 0.90) / 2)
+    assert results.verdict(rows, 0).status == "undecided"
+    assert "only 2 of 4" in results.verdict(rows, 0).sentence
+
+
+def test_a_dataset_that_is_not_one_of_the_four_leaves_the_scores_alone(stage2_rows: Rows) -> None:
+    rows = stage2_rows(0, 9, ALL)
+    other = rows[0] | {"dataset": "mine", "tpe": 0.1}
+    assert results.result_scores([*rows, other], 0) == results.result_scores(rows, 0)
+
+
+def test_rank_orders_by_count_then_score_then_lambda_then_number(stage2_rows: Rows) -> None:
+    rows = [
+        *stage2_rows(4, 9, ALL),
+        *stage2_rows(3, 9, ALL),
+        *stage2_rows(2, 9, ALL),
+        *stage2_rows(1, 9, {**ALL, "cifar10": 0.71}),
+        *stage2_rows(0, 9, {**ALL, "emnist_letters": None}),  # a higher mean, but of three
+        *stage2_rows(5, 9, dict.fromkeys(ALL)),
+    ]
+    lambdas = {0: 20.0, 1: 24.0, 2: 22.0, 3: 20.0, 4: 20.0, 5: 20.0}
+    assert results.rank(rows, lambdas) == [1, 3, 4, 2, 0, 5]
+    random.Random(0).shuffle(rows)
+    assert results.rank(rows, lambdas) == [1, 3, 4, 2, 0, 5]
+
+
+def test_rank_never_reads_test_figures(stage2_rows: Rows) -> None:
+    rows = [*stage2_rows(0, 20, ALL), *stage2_rows(1, 20, {**ALL, "cifar10": 0.71})]
+    before = results.rank(rows, {0: 20.0, 1: 20.0})
+    for row in rows:
+        if row["trial"] == 1:
+            row |= {"test_accuracy": 0.01, "tpe": 0.001, "status": "failed"}
+    assert results.rank(rows, {0: 20.0, 1: 20.0}) == before == [1, 0]
+    for row in rows:
+        for key in ("test_accuracy", "tpe", "ci_low", "ci_high", "n_test"):
+            row[key] = None
+    assert results.rank(rows, {0: 20.0, 1: 20.0}) == before
+
+
+def test_interval_of_one_dataset_is_its_own_wilson_interval(stage2_rows: Rows) -> None:
+    rows = stage2_rows(0, 9, {**dict.fromkeys(ALL), "cifar10": 0.70})
+    row = results.of_trial(rows, 0)["cifar10"]
+    assert results.global_interval(rows, 0) == pytest.approx((row["ci_low"], row["ci_high"]))
+
+
+def test_interval_covers_the_truth_in_about_95_of_100_draws(stage2_rows: Rows) -> None:
+    rng = random.Random(1)
+    n, draws = 200, 400
+    truth = sum(ALL.values()) / 4
+    hits = 0
+    for _ in range(draws):
+        drawn = {name: sum(rng.random() < p for _ in range(n)) / n for name, p in ALL.items()}
+        low, high = results.global_interval(stage2_rows(0, 9, drawn, n_test=n), 0) or (1, 0)
+        hits += low <= truth <= high
+    assert 0.92 <= hits / draws <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "status"),
+    [
+        ((0.80, 0.75, 0.70, 0.75), "reached"),
+        ((0.70, 0.70, 0.70, 0.70), "undecided"),  # the interval holds 0.70
+        ((0.60, 0.60, 0.60, 0.60), "not reached"),
+        ((0.99, 0.99, 0.99, 0.20), "not reached"),  # Consistency 0.66
+    ],
+)
+def test_verdict(accuracies: tuple[float, ...], status: str, stage2_rows: Rows) -> None:
+    rows = stage2_rows(0, 9, dict(zip(ALL, accuracies, strict=True)))
+    found = results.verdict(rows, 0)
+    assert found.status == status
+    assert found.sentence.lower().startswith(status)
+
+
+def test_verdict_without_a_winner() -> None:
+    assert results.verdict([], None).status == "not reached"
+    assert results.verdict([], None, finished=False).status == "undecided"
+    assert results.verdict([], None, survivors=2).status == "undecided"
+    assert (
+        results.verdict_of({"winner": None, "gate": 0.6, "exit_code": 130, "survivors": []}, []).status == "undecided"
+    )
+
+
+def test_scorecard_is_the_table_of_the_notes(stage2_rows: Rows) -> None:
+    lines = {line.metric: line for line in results.scorecard(stage2_rows(0, 9, ALL), 0)}
+    assert [line.before for line in lines.values()] == [0.53, 0.84, 1.00]
+    assert lines["global_tpe"].gap == pytest.approx(0.16)
+    assert lines["global_tpe"].met
+    assert not any(line.met for line in results.scorecard([], None))
+
+
+def test_nearest_miss_says_what_the_gate_asks_for() -> None:
+    rows = [
+        {"trial": 0, "best_local_tpe": 0.55, "best_val_accuracy": 0.75, "lambda_theory": 22.0},
+        {"trial": 1, "best_local_tpe": None, "best_val_accuracy": None, "lambda_theory": 20.0},
+        {"trial": 2, "best_local_tpe": 0.55, "best_val_accuracy": 0.75, "lambda_theory": 22.0},
+    ]
+    miss = results.nearest_miss(rows, 0.60)
+    assert miss is not None
+    assert miss.trial == 0
+    assert miss.needed == pytest.approx(0.817, abs=5e-4)  # docs/spec.md section 2
+    assert results.nearest_miss([rows[1]], 0.60) is None
+
+
+def test_notices_name_synthetic_data_and_another_gate() -> None:
+    real = {"gate": 0.60, "preset": "round2", "data": {"mnist": {"source": "/data"}}}
+    assert results.notices(real) == []
+    assert results.notices(real | {"gate": 0.29, "preset": "quick"}) == [
+        "gate 0.29 (preset quick; the notes' gate is 0.60)"
+    ]
+    assert "SYNTHETIC" in results.notices(real | {"data": {"mnist": {"source": "synthetic"}}})[0]
