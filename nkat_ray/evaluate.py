@@ -1,0 +1,264 @@
+"""Stage 2: survivors x datasets as parallel Ray tasks, each on its share of a GPU (docs/spec.md section 6.3).
+
+First every survivor is carried over to every dataset and scored on validation images; that decides the ranking. Then, once and
+for all survivors together, the test images are read.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from nkat_ray.config import STAGE1_DATASET, RunConfig
+from nkat_ray.data import Dataset, Missing, Split, split_validation, stratified_subset
+from nkat_ray.metrics import LAMBDA_MODELS, counts, lambda_theory, tpe_score, wilson_interval
+from nkat_ray.search.callbacks import one_line
+from nkat_ray.search.resources import Share
+from nkat_ray.search.vault import withdraw
+
+TASK_RETRIES = 1  # a task whose node dies is tried once more; the second time the dataset counts as failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survivor:
+    """A trial that passed the gate: where its weights are and what it asks for."""
+
+    trial: int
+    checkpoints: Sequence[str]  # on disk, newest first, should the object store have lost them
+    conv_stem: str
+    embed_dim: int
+    nkat_parameters: int
+    parameters: int
+    share: Share
+
+    def lambdas(self) -> dict[str, float]:
+        """lambda_theory under each of the three models."""
+        return {
+            model: lambda_theory(
+                model, conv_stem=self.conv_stem, embed_dim=self.embed_dim, nkat_parameters=self.nkat_parameters,
+                parameters=self.parameters,
+            )
+            for model in LAMBDA_MODELS
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a worker needs to know of a dataset; the images travel beside it, by reference."""
+
+    dataset: str
+    num_classes: int
+    grey: bool
+    flip: bool
+
+
+def transfer_weights(
+    payload: bytes, split: Split, task: Task, run: RunConfig, seed: int, share: Share
+) -> tuple[bytes, dict[str, Any]]:
+    """On a worker: carry a survivor over to one dataset; its new weights and the validation figures.
+
+    CIFAR-10, which it was trained on, is scored as it is.
+    """
+    from nkat_ray.search.trainable import device_for
+    from nkat_ray.train.checkpoint import Weights
+    from nkat_ray.train.loop import ImageSet
+    from nkat_ray.train.transfer import count_correct_of, transfer
+
+    clock = time.perf_counter()
+    device = device_for(share.gpus, share.cpus)
+    source = Weights.from_bytes(payload)
+    limit = run.train_images if task.dataset == STAGE1_DATASET else run.transfer_images
+    train_index, val_index = split_validation(split.labels, val_images=run.val_images, train_images=limit)
+    val = ImageSet(split.images, split.labels, val_index, device)
+    if task.dataset == STAGE1_DATASET:
+        correct = count_correct_of(source, val, device)
+        figures = {"val_accuracy": correct / len(val), "n_val": len(val), "mode": "as trained"}
+        return payload, {**figures, "seconds": time.perf_counter() - clock}
+    moved = transfer(
+        source, mode=run.transfer, epochs=run.transfer_epochs, lr=run.transfer_lr, dataset=task.dataset,
+        train=ImageSet(split.images, split.labels, train_index, device), val=val, num_classes=task.num_classes,
+        grey=task.grey, flip=task.flip, seed=seed, device=device, notice=print,
+    )  # fmt: skip
+    figures = {"val_accuracy": moved.val_accuracy, "n_val": moved.n_val, "mode": run.transfer}
+    return moved.weights.to_bytes(), {**figures, "seconds": time.perf_counter() - clock}
+
+
+def count_on_test(payload: bytes, split: Split, index: np.ndarray, share: Share) -> tuple[int, int]:
+    """On a worker: correct test images and their number."""
+    from nkat_ray.search.trainable import device_for
+    from nkat_ray.train.checkpoint import Weights
+    from nkat_ray.train.loop import ImageSet
+    from nkat_ray.train.transfer import count_correct_of
+
+    device = device_for(share.gpus, share.cpus)
+    images = ImageSet(split.images, split.labels, index, device)
+    return count_correct_of(Weights.from_bytes(payload), images, device), len(images)
+
+
+def survivor_payload(survivor: Survivor, vault: ActorHandle[Any], notice: Callable[[str], None]) -> "ray.ObjectRef[bytes]":
+    """A survivor's weights by reference: the vault's, else read from disk with a notice.
+
+    Raises:
+        FileNotFoundError: neither has them.
+    """
+    held = withdraw(vault, survivor.trial)
+    if held is not None:
+        return held
+    payload = weights_on_disk(survivor.checkpoints)
+    if payload is None:
+        raise FileNotFoundError(f"trial {survivor.trial}: no weights in the object store or in {list(survivor.checkpoints)}")
+    notice(f"trial {survivor.trial}: its weights were not in the object store and were read from disk")
+    return ray.put(payload)
+
+
+def weights_on_disk(checkpoints: Sequence[str]) -> bytes | None:
+    """The weights in the newest checkpoint that has whole ones; None if there is none."""
+    from ray.tune import Checkpoint
+
+    from nkat_ray.train.checkpoint import WEIGHTS_FILE, CheckpointError, Weights
+
+    for path in checkpoints:
+        try:
+            with Checkpoint(path).as_directory() as folder:
+                payload = (Path(folder) / WEIGHTS_FILE).read_bytes()
+            Weights.from_bytes(payload)
+            return payload
+        except (FileNotFoundError, CheckpointError):
+            continue  # removed, or cut short while it was written: the one before it
+    return None
+
+
+def validate_survivors(
+    survivors: Sequence[Survivor],
+    datasets: Mapping[str, Dataset | Missing],
+    *,
+    run: RunConfig,
+    vault: ActorHandle[Any],
+    done: Mapping[tuple[int, str], Any],
+    notice: Callable[[str], None],
+) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+    """First half of Stage 2: each survivor on each dataset, in parallel.
+
+    Args:
+        survivors: in any order.
+        datasets: the datasets of Stage 2; a missing one gives a row that says so.
+        done: (trial, dataset) that an earlier driver finished; they are left out.
+        notice: told what the user should know.
+
+    Yields:
+        Rows of stage2.parquet (validation columns) as they finish, with the weights to be tested, None where there are none.
+    """
+    pending: dict[Any, tuple[Survivor, str]] = {}
+    for name, dataset in datasets.items():
+        todo = [survivor for survivor in survivors if (survivor.trial, name) not in done]
+        if isinstance(dataset, Missing):
+            for survivor in todo:
+                yield _row(survivor, name, None, run, status="missing", error=dataset.reason), None
+        elif todo:
+            split = ray.put(dataset.load("train"))
+            task = Task(dataset=name, num_classes=dataset.classes, grey=dataset.grey, flip=dataset.flip)
+            for survivor in todo:
+                payload = survivor_payload(survivor, vault, notice)
+                call = _remote(transfer_weights, survivor.share)
+                pending[call.remote(payload, split, task, run, _seed(run, survivor, name), survivor.share)] = (survivor, name)
+    for ref, (survivor, name) in _as_finished(pending):
+        found = datasets[name]
+        assert isinstance(found, Dataset)
+        try:
+            weights, figures = ray.get(ref)
+        except Exception as error:  # whatever a worker or its node died of counts against this dataset alone
+            yield _row(survivor, name, found.classes, run, status="failed", error=one_line(error)), None
+            continue
+        status = "ok" if counts(figures["val_accuracy"], found.classes) else "failed"
+        error = None if status == "ok" else f"at or below chance, 1 / {found.classes}"
+        yield {**_row(survivor, name, found.classes, run, status=status, error=error), **_validated(survivor, figures, run, status)}, weights
+
+
+def test_survivors(
+    rows: Sequence[Mapping[str, Any]],
+    payloads: Mapping[tuple[int, str], bytes],
+    survivors: Mapping[int, Survivor],
+    datasets: Mapping[str, Dataset | Missing],
+    *,
+    run: RunConfig,
+) -> Iterator[dict[str, Any]]:
+    """Second half of Stage 2, after the ranking is fixed: the only place that reads test images.
+
+    Args:
+        rows: the validation rows.
+        payloads: the weights to be tested; a row without weights is passed on as it is.
+
+    Yields:
+        Complete rows of stage2.parquet as they finish.
+    """
+    pending: dict[Any, Mapping[str, Any]] = {}
+    for name, dataset in datasets.items():
+        todo = [row for row in rows if row["dataset"] == name]
+        yield from (dict(row) for row in todo if (row["trial"], name) not in payloads)
+        todo = [row for row in todo if (row["trial"], name) in payloads]
+        if not todo or isinstance(dataset, Missing):
+            continue
+        split = dataset.load("test")
+        reference, index = ray.put(split), stratified_subset(split.labels, run.test_images)
+        for row in todo:
+            share = survivors[row["trial"]].share
+            call = _remote(count_on_test, share)
+            pending[call.remote(payloads[row["trial"], name], reference, index, share)] = row
+    for ref, row in _as_finished(pending):
+        try:
+            correct, n = ray.get(ref)
+        except Exception as error:  # as above: it counts against this dataset alone
+            yield {**row, "status": "failed", "error": one_line(error)}
+            continue
+        yield {**row, **_tested(survivors[row["trial"]], row, correct, n, run)}
+
+
+def _remote(function: Callable[..., Any], share: Share) -> Any:
+    return ray.remote(function).options(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=TASK_RETRIES)
+
+
+def _as_finished(pending: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    while pending:
+        ready, _ = ray.wait(list(pending), num_returns=1)
+        yield ready[0], pending.pop(ready[0])
+
+
+def _seed(run: RunConfig, survivor: Survivor, dataset: str) -> int:
+    """Seed of a transfer: follows from the run's seed, the trial and the dataset's name."""
+    return int(np.random.SeedSequence([run.seed, survivor.trial, *dataset.encode()]).generate_state(1)[0])
+
+
+def _row(
+    survivor: Survivor, dataset: str, classes: int | None, run: RunConfig, *, status: str, error: str | None
+) -> dict[str, Any]:
+    mode = "as trained" if dataset == STAGE1_DATASET else run.transfer
+    empty = ("val_accuracy", "n_val", "val_tpe", "test_accuracy", "n_test", "ci_low", "ci_high", "tpe")
+    row: dict[str, Any] = dict.fromkeys((*empty, *(f"tpe_{model}" for model in LAMBDA_MODELS), "seconds"))
+    return {"trial": survivor.trial, "dataset": dataset, "classes": classes, "mode": mode, "status": status, "error": error, **row}
+
+
+def _validated(survivor: Survivor, figures: Mapping[str, Any], run: RunConfig, status: str) -> dict[str, Any]:
+    score = tpe_score(figures["val_accuracy"], survivor.lambdas()[run.lambda_model]) if status == "ok" else None
+    return {**figures, "val_tpe": score}
+
+
+def _tested(survivor: Survivor, row: Mapping[str, Any], correct: int, n: int, run: RunConfig) -> dict[str, Any]:
+    accuracy = correct / n
+    low, high = wilson_interval(correct, n)
+    figures = {"test_accuracy": accuracy, "n_test": n, "ci_low": low, "ci_high": high}
+    if not counts(accuracy, row["classes"]):
+        return {**figures, "status": "failed", "error": f"test accuracy at or below chance, 1 / {row['classes']}"}
+    scores = {model: tpe_score(accuracy, lam) for model, lam in survivor.lambdas().items()}
+    tpes = {f"tpe_{model}": score for model, score in scores.items()}
+    return {**figures, "status": row["status"], "tpe": scores[run.lambda_model], **tpes}
+
+
+def finite_or_none(value: float) -> float | None:
+    """NaN as null."""
+    return None if math.isnan(value) else value

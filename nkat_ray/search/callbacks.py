@@ -1,0 +1,142 @@
+"""What Tune sees, written into the run's journal first and then told to whoever listens."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+from nkat_ray.metrics import EPOCH, LOCAL_TPE, STOP_REASON, TRAIN_LOSS, VAL_ACCURACY
+from nkat_ray.search.gate import STOP_DETAIL
+from nkat_ray.search.journal import Journal, TrialRecord
+
+ROW_KEYS = (
+    EPOCH, TRAIN_LOSS, VAL_ACCURACY, LOCAL_TPE, "lr", "images_per_s", "epoch_s", "started_s", "lambda_theory",
+    "node", "gpus", "cpus", "parameters", "nkat_parameters",
+)  # fmt: skip
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listeners:
+    """Plain functions that are told what happens; the display, TensorBoard and tests are such."""
+
+    on_trial_start: Callable[[int, Mapping[str, Any]], None] = _nothing  # trial, proposed values
+    on_result: Callable[[int, Mapping[str, Any]], None] = _nothing  # trial, the curve's row
+    on_trial_end: Callable[[TrialRecord], None] = _nothing
+    on_survivor: Callable[[int], None] = _nothing  # the first time that a trial reaches the gate
+
+
+class JournalCallback(Callback):
+    """Adapts Tune's callbacks to the journal, the searcher's `tell` and the listeners.
+
+    Args:
+        journal: written before anybody is told.
+        folder: Tune's own folder of this attempt, a path or a URI: checkpoints are found below it.
+        gate: Local TPE to reach.
+        max_epochs: the last epoch.
+        tell: takes a trial that has ended.
+        expired: whether Stage 1's time is used up.
+        listeners: told last.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        folder: str,
+        gate: float,
+        max_epochs: int,
+        tell: Callable[[TrialRecord], None],
+        expired: Callable[[], bool],
+        listeners: Listeners,
+    ) -> None:
+        self._journal, self._folder, self._gate, self._max_epochs = journal, folder, gate, max_epochs
+        self._tell, self._expired, self._listeners = tell, expired, listeners
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks; nothing here is restored from one."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial has its slot, for the first time or again."""
+        self._journal.write("started", trial=trial.config["trial"], trial_id=trial.trial_id)
+        self._listeners.on_trial_start(trial.config["trial"], self._record(trial).params)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """An epoch, with the decision on it already taken."""
+        record = self._record(trial)
+        if LOCAL_TPE in result:
+            was_survivor = record.passed(self._gate)
+            row = {key: result.get(key) for key in ROW_KEYS}
+            name = result.get("checkpoint_dir_name")
+            path = f"{self._folder}/{trial.storage.trial_dir_name}/{name}" if name else None
+            self._journal.write("result", trial=record.trial, row=row, checkpoint=path)
+            self._listeners.on_result(record.trial, row)
+            if record.passed(self._gate) and not was_survivor:
+                self._listeners.on_survivor(record.trial)
+        if result.get("done"):
+            self._end(record, result.get(STOP_REASON), result.get(STOP_DETAIL))
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial's end; those that returned by themselves had no result that said so."""
+        record = self._record(trial)
+        last = trial.last_result or {}
+        self._end(record, last.get(STOP_REASON), last.get(STOP_DETAIL))
+        if not record.passed(self._gate):
+            remove_checkpoints(record)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial that raised more often than it may be retried."""
+        error = trial.get_pickled_error() or trial.get_error()
+        self._end(self._record(trial), "error", None, error=one_line(error))
+
+    def _record(self, trial: Trial) -> TrialRecord:
+        return self._journal.state.trials[trial.config["trial"]]
+
+    def _end(self, record: TrialRecord, reason: str | None, detail: str | None, *, error: str | None = None) -> None:
+        if record.ended:
+            return
+        reason, detail = self._reason(record, reason, detail)
+        self._journal.write("end", trial=record.trial, stop_reason=reason, stop_detail=detail or error, error=error)
+        self._tell(record)
+        self._listeners.on_trial_end(record)
+
+    def _reason(self, record: TrialRecord, reason: str | None, detail: str | None) -> tuple[str, str | None]:
+        """The gate's reason or `error` as given; else what the trial's last epoch and the clock say."""
+        last = max(record.curve, default=0)
+        if reason is not None and not (last == 0 and reason == "nan" and self._expired()):
+            return reason, detail
+        if last >= self._max_epochs:
+            return "finished", f"epoch {last}: Local TPE {_best(record):.4f} >= gate {self._gate}"
+        if self._expired():
+            return "budget", f"epoch {last}: Stage 1's time is used up"
+        score = record.curve[last][LOCAL_TPE] if last else math.nan
+        return "asha", f"epoch {last}: Local TPE {score:.4f} is not among the rung's best"
+
+
+def _best(record: TrialRecord) -> float:
+    best = record.best_row()
+    return math.nan if best is None else best[LOCAL_TPE]
+
+
+def one_line(error: object) -> str:
+    """The last non-empty line of an error's text: with Ray, the exception that the trial raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:500] if lines else type(error).__name__
+
+
+def remove_checkpoints(record: TrialRecord) -> None:
+    """Free the disk of a trial that did not survive: its curve stays in the journal, its weights serve nobody."""
+    for path in record.checkpoints:
+        filesystem, inside = pyarrow.fs.FileSystem.from_uri(path)
+        if filesystem.get_file_info(inside).type == pyarrow.fs.FileType.Directory:
+            filesystem.delete_dir(inside)

@@ -1,0 +1,93 @@
+"""The gate: a Ray Tune Stopper that lets only trials with a high enough Local TPE on CIFAR-10 survive."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ray.tune import Stopper
+
+from nkat_ray.metrics import EPOCH, LOCAL_TPE, STOP_REASON, VAL_ACCURACY
+
+BEST_LOCAL_TPE = "best_local_tpe"  # carried by the trial itself, in its checkpoint: a restarted driver's gate knows it
+STOP_DETAIL = "stop_detail"
+
+
+class LocalTPEGate(Stopper):
+    """Decides, result by result, which trial may go on (docs/spec.md section 6.1).
+
+    A ladder, first match wins: a score, accuracy or epoch that is missing or not finite stops the trial (`nan`); a trial
+    whose Local TPE has once reached the threshold is a survivor and exempt from the rest; in the smoke epoch itself the
+    accuracy must exceed `smoke_accuracy` (`smoke`); at the last epoch the trial stops (`gate`). A stop writes its reason
+    and one line of explanation into the result. Asking twice about one result gives the same answer.
+
+    Args:
+        threshold: Local TPE to reach, 0 < threshold <= 1.
+        smoke_epoch: the epoch of the smoke rule, >= 1.
+        smoke_accuracy: validation accuracy to exceed in it, 0..1.
+        max_epochs: the last epoch, >= 1.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.60,
+        smoke_epoch: int = 10,
+        smoke_accuracy: float = 0.45,
+        max_epochs: int = 40,
+    ) -> None:
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold is {threshold}; allowed: 0 < threshold <= 1")
+        if smoke_epoch < 1:
+            raise ValueError(f"smoke_epoch is {smoke_epoch}; allowed: >= 1")
+        if not 0 <= smoke_accuracy <= 1:
+            raise ValueError(f"smoke_accuracy is {smoke_accuracy}; allowed: 0..1")
+        if max_epochs < 1:
+            raise ValueError(f"max_epochs is {max_epochs}; allowed: >= 1")
+        self.threshold = threshold
+        self.smoke_epoch = smoke_epoch
+        self.smoke_accuracy = smoke_accuracy
+        self.max_epochs = max_epochs
+        self._passed: set[str] = set()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether the trial stops here."""
+        decision = self._decide(trial_id, result)
+        if decision is None:
+            return False
+        result[STOP_REASON], result[STOP_DETAIL] = decision
+        return True
+
+    def stop_all(self) -> bool:
+        """Never: trials are stopped one by one, so that searcher, scheduler and callbacks see every end."""
+        return False
+
+    def passed(self, trial_id: str) -> bool:
+        """Whether the trial has reached the threshold in any result so far."""
+        return trial_id in self._passed
+
+    def _decide(self, trial_id: str, result: Mapping[str, Any]) -> tuple[str, str] | None:
+        epoch, accuracy, score = (result.get(key) for key in (EPOCH, VAL_ACCURACY, LOCAL_TPE))
+        if not (_finite(epoch) and _finite(accuracy) and _finite(score)):
+            return "nan", f"epoch {epoch}: val_accuracy {accuracy}, local_tpe {score}: missing or not finite"
+        best = result.get(BEST_LOCAL_TPE)
+        if score >= self.threshold or (_finite(best) and best >= self.threshold):
+            self._passed.add(trial_id)
+        if trial_id in self._passed:
+            return None
+        if epoch == self.smoke_epoch and not accuracy > self.smoke_accuracy:
+            return "smoke", f"epoch {epoch}: accuracy {accuracy:.4f} does not exceed {self.smoke_accuracy}"
+        if epoch >= self.max_epochs:
+            return "gate", f"epoch {epoch}: Local TPE {score:.4f} < gate {self.threshold}{self._missing(accuracy, score)}"
+        return None
+
+    def _missing(self, accuracy: float, score: float) -> str:
+        if score <= 0:
+            return ""
+        needed = self.threshold * accuracy / score  # accuracy / score is log10(1 + lambda)
+        return f", accuracy {accuracy:.4f} misses {needed:.4f} by {needed - accuracy:.4f}"
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

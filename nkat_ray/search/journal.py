@@ -1,0 +1,172 @@
+"""The run's journal: one JSON line for everything that happened, written before anybody acts on it.
+
+It is the only truth that a resumed run starts from: finished trials, curves, checkpoints, Stage 2 rows. Nothing is
+unpickled, and nothing depends on Tune's own snapshots, which are ten seconds old or more when a driver is killed.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nkat_ray.metrics import EPOCH, LOCAL_TPE
+
+JOURNAL_FILE = "journal.jsonl"
+
+
+@dataclass
+class TrialRecord:
+    """What is known of one trial."""
+
+    trial: int
+    params: dict[str, Any]  # what the searcher proposed
+    seed: int
+    study_number: int  # the trial's number in the Optuna study
+    trial_id: str | None = None  # Tune's name for it; a continued trial gets a new one
+    started_s: float | None = None  # since 1970, of its first start
+    curve: dict[int, dict[str, Any]] = field(default_factory=dict)  # epoch -> the row that was reported
+    checkpoints: list[str] = field(default_factory=list)  # paths or URIs, oldest first
+    stop_reason: str | None = None
+    stop_detail: str | None = None
+    error: str | None = None
+    ended_s: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the trial is over."""
+        return self.stop_reason is not None
+
+    def finite_rows(self) -> list[dict[str, Any]]:
+        """The curve's rows with a finite score, by epoch."""
+        return [row for _, row in sorted(self.curve.items()) if math.isfinite(row[LOCAL_TPE])]
+
+    def best_row(self) -> dict[str, Any] | None:
+        """The row with the highest Local TPE (the first of equals); None if no score was ever finite."""
+        return max(self.finite_rows(), key=lambda row: row[LOCAL_TPE], default=None)
+
+    def passed(self, gate: float) -> bool:
+        """Whether the trial is a survivor: its Local TPE has once reached the gate."""
+        best = self.best_row()
+        return best is not None and best[LOCAL_TPE] >= gate
+
+
+@dataclass
+class RunState:
+    """Everything that the journal tells."""
+
+    trials: dict[int, TrialRecord] = field(default_factory=dict)
+    attempts: list[tuple[float, float]] = field(default_factory=list)  # (start, last sign of life), since 1970
+    stage1_done: bool = False
+    slots: int | None = None
+    stage2: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)  # (trial, dataset) -> validation row
+    tested: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)  # (trial, dataset) -> test row
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds during which a driver was at work."""
+        return sum(last - start for start, last in self.attempts)
+
+    def survivors(self, gate: float) -> list[int]:
+        """Numbers of the trials that passed the gate, in order."""
+        return sorted(number for number, record in self.trials.items() if record.passed(gate))
+
+    def apply(self, event: Mapping[str, Any]) -> None:
+        """Take one event in. Applying a result twice changes nothing: it is kept by trial and epoch."""
+        kind, now = event["event"], event["time_s"]
+        if kind == "run":
+            self.attempts.append((now, now))
+        elif self.attempts:
+            self.attempts[-1] = (self.attempts[-1][0], max(now, self.attempts[-1][1]))
+        handler = getattr(self, f"_on_{kind}", None)
+        if handler is not None:
+            handler(event)
+
+    def _on_proposed(self, event: Mapping[str, Any]) -> None:
+        keys = ("trial", "params", "seed", "study_number")
+        self.trials[event["trial"]] = TrialRecord(**{key: event[key] for key in keys})
+
+    def _on_started(self, event: Mapping[str, Any]) -> None:
+        record = self.trials[event["trial"]]
+        record.started_s = record.started_s or event["time_s"]
+        record.trial_id = event["trial_id"]
+
+    def _on_result(self, event: Mapping[str, Any]) -> None:
+        record = self.trials[event["trial"]]
+        record.curve[event["row"][EPOCH]] = event["row"]
+        if event["checkpoint"] is not None:
+            record.checkpoints = [path for path in record.checkpoints if path != event["checkpoint"]]
+            record.checkpoints.append(event["checkpoint"])
+
+    def _on_end(self, event: Mapping[str, Any]) -> None:
+        record = self.trials[event["trial"]]
+        record.stop_reason, record.stop_detail = event["stop_reason"], event["stop_detail"]
+        record.error, record.ended_s = event["error"], event["time_s"]
+
+    def _on_slots(self, event: Mapping[str, Any]) -> None:
+        self.slots = event["slots"]
+
+    def _on_stage1_done(self, event: Mapping[str, Any]) -> None:
+        self.stage1_done = True
+
+    def _on_stage2(self, event: Mapping[str, Any]) -> None:
+        self.stage2[event["row"]["trial"], event["row"]["dataset"]] = event["row"]
+
+    def _on_tested(self, event: Mapping[str, Any]) -> None:
+        self.tested[event["row"]["trial"], event["row"]["dataset"]] = event["row"]
+
+    def _on_notice(self, event: Mapping[str, Any]) -> None:
+        if event["text"] not in self.notices:
+            self.notices.append(event["text"])
+
+
+class Journal:
+    """The open journal of a run and the state it adds up to.
+
+    Args:
+        folder: the run's local folder. What an earlier driver wrote there is read first; a last line that was cut short
+            by a kill is dropped.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / JOURNAL_FILE
+        self.state = RunState()
+        whole = 0
+        for line, event in _whole_lines(self.path):
+            whole += len(line)
+            self.state.apply(event)
+        self._file = self.path.open("ab")
+        self._file.truncate(whole)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one event and take it into `state`. Flushed: a killed driver loses nothing that it had written."""
+        event = {"event": kind, "time_s": time.time(), **fields}
+        self._file.write(json.dumps(event).encode() + b"\n")
+        self._file.flush()
+        self.state.apply(event)
+
+    def close(self) -> None:
+        """Close the file; the state stays readable."""
+        self._file.close()
+
+
+def read_state(folder: Path) -> RunState:
+    """The state of a run, without opening its journal for writing: also of one that is still going."""
+    state = RunState()
+    for _, event in _whole_lines(folder / JOURNAL_FILE):
+        state.apply(event)
+    return state
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            yield line, json.loads(line)
+

@@ -1,0 +1,76 @@
+"""From the journal's state to the rows of trials.parquet and curves.parquet (docs/spec.md section 8)."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from nkat_ray.config import RunConfig
+from nkat_ray.metrics import EPOCH, LOCAL_TPE, TRAIN_LOSS, VAL_ACCURACY
+from nkat_ray.search.journal import RunState, TrialRecord
+from nkat_ray.search.space import trial_config
+
+CURVE_KEYS = (EPOCH, TRAIN_LOSS, VAL_ACCURACY, LOCAL_TPE, "lr", "images_per_s", "epoch_s", "started_s")
+
+
+def trial_row(record: TrialRecord, run: RunConfig, state: RunState) -> dict[str, Any]:
+    """One trial as a row of trials.parquet; null where nothing is known."""
+    best, last = record.best_row(), record.curve.get(max(record.curve, default=0), {})
+    start = state.attempts[0][0]
+    ended = record.ended_s if record.ended_s is not None else state.attempts[-1][1]
+    return {
+        "trial": record.trial,
+        "trial_id": record.trial_id,
+        **{f"config/{name}": value for name, value in asdict(trial_config(run, record.params)).items()},
+        "stop_reason": record.stop_reason,
+        "stop_detail": record.stop_detail,
+        "error": record.error,
+        "epochs": len(record.curve),
+        "best_epoch": best[EPOCH] if best else None,
+        "best_val_accuracy": best[VAL_ACCURACY] if best else None,
+        "best_local_tpe": best[LOCAL_TPE] if best else None,
+        "lambda_theory": last.get("lambda_theory"),
+        "passed_gate": record.passed(run.gate),
+        "seed": record.seed,
+        "gpus": last.get("gpus"),
+        "cpus": last.get("cpus"),
+        "node": last.get("node"),
+        "started_s": record.started_s - start if record.started_s is not None else None,
+        "train_s": sum(row["epoch_s"] for row in record.curve.values()),
+        "wall_s": ended - record.started_s if record.started_s is not None else None,
+    }
+
+
+def trial_rows(state: RunState, run: RunConfig) -> list[dict[str, Any]]:
+    """All trials, by number."""
+    return [trial_row(record, run, state) for _, record in sorted(state.trials.items())]
+
+
+def curve_rows(records: Iterable[TrialRecord]) -> list[dict[str, Any]]:
+    """All epochs of all trials, by trial and epoch; NaN where a score was not finite."""
+    return [
+        {"trial": record.trial, **{key: row[key] for key in CURVE_KEYS}}
+        for record in sorted(records, key=lambda r: r.trial)
+        for _, row in sorted(record.curve.items())
+    ]
+
+
+def training_share(state: RunState) -> float | None:
+    """Training seconds over slot seconds, from the first trial's first step until no trial waits to start.
+
+    The time between two drivers does not count. None where no trial ever waited: all of them started at once.
+    """
+    epochs = [
+        (row["started_s"], row["started_s"] + row["epoch_s"])
+        for record in state.trials.values()
+        for row in record.curve.values()
+    ]
+    starts = [record.started_s for record in state.trials.values() if record.started_s is not None]
+    if not epochs or not state.slots:
+        return None
+    first, last = min(start for start, _ in epochs), max(starts)
+    at_work = sum(max(0.0, min(last, end) - max(first, start)) for start, end in state.attempts)
+    if at_work <= 0:
+        return None
+    trained = math.fsum(max(0.0, min(last, end) - max(first, start)) for start, end in epochs)
+    return trained / (state.slots * at_work)

@@ -1,0 +1,173 @@
+"""A trial as Ray Tune runs it: a thin adapter between `train.loop` and Tune's reports and checkpoints."""
+
+import math
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ray import tune
+from ray.actor import ActorHandle
+
+from nkat_ray.config import RunConfig
+from nkat_ray.metrics import LOCAL_TPE, VAL_ACCURACY, lambda_theory, tpe_score
+from nkat_ray.model import count_nkat_parameters, count_parameters, create_nkat_vit
+from nkat_ray.search.gate import BEST_LOCAL_TPE
+from nkat_ray.search.resources import CPU_MEMORY_FRACTION, cpu_micro_batch
+from nkat_ray.search.space import trial_config
+from nkat_ray.search.vault import deposit
+from nkat_ray.train.checkpoint import WEIGHTS_FILE, first_whole_state, save_state, write_atomically
+from nkat_ray.train.loop import EpochResult, ImageSet, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1Data:
+    """CIFAR-10's training images as every trial sees them: one copy a node, in the object store."""
+
+    name: str
+    images: np.ndarray  # uint8 (N, C, H, W)
+    labels: np.ndarray  # int64 (N,)
+    train_index: np.ndarray
+    val_index: np.ndarray
+    num_classes: int
+    grey: bool
+    flip: bool
+
+
+def device_for(gpus: float, cpus: int) -> torch.device:
+    """Set this process up for its share of the machine and say where to compute.
+
+    Ray's GPU fraction is admission control only: the memory limit is set here. Ray may also count GPUs that are not there.
+    """
+    torch.set_num_threads(max(1, cpus))
+    if gpus > 0 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gpus))
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def train_trial(
+    params: Mapping[str, Any],
+    *,
+    run: RunConfig,
+    data: Stage1Data,
+    vault: ActorHandle[Any],
+    deadline_s: float,
+    memory_bytes: int,
+) -> None:
+    """Train one trial, reporting every epoch, each report with a checkpoint.
+
+    Args:
+        params: the proposed values, with `trial`, `seed`, and `resume_from` (checkpoints of an earlier driver, newest first).
+        run: the run's configuration.
+        data: CIFAR-10.
+        vault: takes the weights of a trial that has passed the gate.
+        deadline_s: time since 1970 after which the trial returns.
+        memory_bytes: memory this trial may use on a CPU.
+    """
+    resources = tune.get_context().get_trial_resources().required_resources
+    cpus, gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0.0)
+    device = device_for(gpus, cpus)
+    trainer = _trainer(params, run=run, data=data, device=device, deadline_s=deadline_s)
+    if device.type == "cpu":
+        trainer.micro_batch = cpu_micro_batch(trainer.config, memory_bytes=memory_bytes)
+    lam = lambda_theory(
+        run.lambda_model, conv_stem=trainer.config.conv_stem, embed_dim=trainer.config.embed_dim,
+        nkat_parameters=count_nkat_parameters(trainer.model), parameters=count_parameters(trainer.model),
+    )  # fmt: skip
+    best, weights = _continue(trainer, params)
+    facts = {"node": socket.gethostname(), "gpus": gpus, "cpus": cpus, "lambda_theory": lam, "pid": os.getpid()}
+    facts["nkat_parameters"] = count_nkat_parameters(trainer.model)
+    facts["parameters"] = count_parameters(trainer.model)
+    for result in trainer.epochs():
+        score = _score(result, lam)
+        if score > best:  # False for NaN
+            best = score
+            weights = trainer.weights(
+                dataset=data.name, grey=data.grey, val_accuracy=result.val_accuracy, seed=params["seed"]
+            ).to_bytes()
+            if best >= run.gate:
+                deposit(vault, params["trial"], best, weights)
+        row = {**asdict(result), LOCAL_TPE: score, BEST_LOCAL_TPE: best if best > -math.inf else math.nan, **facts}
+        with _checkpoint(trainer, best, weights, finite=math.isfinite(score)) as checkpoint:
+            tune.report(row, checkpoint=checkpoint)
+
+
+def _trainer(
+    params: Mapping[str, Any], *, run: RunConfig, data: Stage1Data, device: torch.device, deadline_s: float
+) -> Trainer:
+    config = trial_config(run, params)
+    torch.manual_seed(params["seed"])  # the process served another trial before
+    train = ImageSet(data.images, data.labels, data.train_index, device)
+    mean, std = train.statistics()
+    model = create_nkat_vit(config, num_classes=data.num_classes, grey=data.grey, mean=mean, std=std)
+    return Trainer(
+        model, config, train=train, val=ImageSet(data.images, data.labels, data.val_index, device),
+        num_classes=data.num_classes, flip=data.flip, mean=mean, std=std, seed=params["seed"], device=device,
+        notice=print, deadline_s=deadline_s,
+    )  # fmt: skip
+
+
+def _score(result: EpochResult, lam: float) -> float:
+    return tpe_score(result.val_accuracy, lam) if math.isfinite(result.val_accuracy) else math.nan
+
+
+def _continue(trainer: Trainer, params: Mapping[str, Any]) -> tuple[float, bytes | None]:
+    """Load the newest whole checkpoint, of this driver or an earlier one: best Local TPE and weights so far."""
+    with ExitStack() as stack:
+        folders = (Path(stack.enter_context(c.as_directory())) for c in _checkpoints(params["resume_from"]))
+        found = first_whole_state(folders)
+        if found is None:
+            return -math.inf, None
+        folder, state = found
+        trainer.load_state(state["trainer"])
+        weights = folder / WEIGHTS_FILE
+        return state["best"], weights.read_bytes() if weights.exists() else None
+
+
+def _checkpoints(earlier: list[str]) -> Iterator[tune.Checkpoint]:
+    """Newest first: the one Tune hands over after a fault and its elder siblings, then those of an earlier driver."""
+    current = tune.get_checkpoint()
+    if current is not None:
+        yield current
+        yield from _elder_siblings(current)
+    for path in earlier:
+        yield tune.Checkpoint(path)
+
+
+def _elder_siblings(checkpoint: tune.Checkpoint) -> Iterator[tune.Checkpoint]:
+    folder = Path(checkpoint.path)
+    if folder.is_dir():  # a bucket writes whole objects or none
+        for sibling in sorted(folder.parent.glob("checkpoint_*"), reverse=True):
+            if sibling.name < folder.name:
+                yield tune.Checkpoint(str(sibling))
+
+
+@contextmanager
+def _checkpoint(
+    trainer: Trainer, best: float, weights: bytes | None, *, finite: bool
+) -> Iterator[tune.Checkpoint | None]:
+    """A folder with the training's state and best weights, until Tune has stored it.
+
+    An epoch whose loss was not finite leaves no checkpoint: the last finite state is kept.
+    """
+    if not finite:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="nkat-") as folder:
+        if weights is not None:
+            write_atomically(Path(folder) / WEIGHTS_FILE, weights)
+        save_state(Path(folder), {"trainer": trainer.state(), "best": best})
+        yield tune.Checkpoint(folder)
+
+
+def memory_for_trial(node_memory_bytes: int, slots_a_node: int) -> int:
+    """Memory that each of the trials on a node may plan with."""
+    return int(node_memory_bytes * CPU_MEMORY_FRACTION / max(1, slots_a_node))
+

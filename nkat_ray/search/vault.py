@@ -1,0 +1,58 @@
+"""The checkpoint vault: survivors' weights in the Ray object store, outliving the trial that made them.
+
+`ray.put` inside a trial dies with the trial's process. The *value* therefore goes to this actor, which puts it itself and so
+owns it. It does not outlive the cluster: each weight is also in the trial's checkpoint on disk.
+"""
+
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+NAMESPACE = "nkat-ray"
+
+
+@ray.remote(num_cpus=0)
+class Vault:
+    """Holds references to survivors' weights (the bytes of `train.checkpoint.Weights`)."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[float, ray.ObjectRef[bytes]]] = {}
+
+    def put(self, trial: int, score: float, payload: bytes) -> None:
+        """Hold a trial's weights unless better ones are held; the worse are released."""
+        if trial not in self._held or score >= self._held[trial][0]:
+            self._held[trial] = (score, ray.put(payload))
+
+    def reference(self, trial: int) -> "list[ray.ObjectRef[bytes]]":
+        """The reference in a list (empty if none is held), so that Ray hands it on instead of the value."""
+        return [self._held[trial][1]] if trial in self._held else []
+
+    def release(self, trial: int) -> None:
+        """Let a trial's weights go."""
+        self._held.pop(trial, None)
+
+
+def open_vault(name: str) -> ActorHandle[Any]:
+    """The run's vault, made at the first call."""
+    handle: ActorHandle[Any] = Vault.options(name=f"vault-{name}", namespace=NAMESPACE, get_if_exists=True).remote()
+    return handle
+
+
+def deposit(vault: ActorHandle[Any], trial: int, score: float, payload: bytes) -> bool:
+    """Hand weights to the vault and wait until it holds them; False if the vault is gone (the disk still has them)."""
+    try:
+        ray.get(vault.put.remote(trial, score, payload))
+    except RayActorError:
+        return False
+    return True
+
+
+def withdraw(vault: ActorHandle[Any], trial: int) -> "ray.ObjectRef[bytes] | None":
+    """Reference to a trial's weights; None if the vault is gone or never had them."""
+    try:
+        held = ray.get(vault.reference.remote(trial))
+    except RayActorError:
+        return None
+    return held[0] if held else None

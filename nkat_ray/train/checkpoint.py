@@ -1,0 +1,141 @@
+"""What is kept of a training: its whole state (to continue) and its best weights (to evaluate).
+
+Both are written atomically. The state carries a digest, so that one cut short on disk is found out; the weights are
+safetensors with the configuration that rebuilds them in the header. Nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from nkat_ray.config import TrialConfig
+from nkat_ray.model import NKATVisionTransformer, create_nkat_vit
+
+STATE_FILE = "state.pt"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is not whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A trained network as bytes, and what is needed to rebuild it. What the vault holds and Stage 2 reads."""
+
+    config: TrialConfig
+    dataset: str
+    num_classes: int
+    grey: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    epoch: int
+    val_accuracy: float
+    seed: int
+    tensors: Mapping[str, torch.Tensor]
+
+    def build(self) -> NKATVisionTransformer:
+        """The network with these weights, on the CPU, in evaluation mode."""
+        model = create_nkat_vit(
+            self.config, num_classes=self.num_classes, grey=self.grey, mean=self.mean, std=self.std
+        )
+        model.load_state_dict(dict(self.tensors))
+        return model.eval()
+
+    def to_bytes(self) -> bytes:
+        """Safetensors, with everything else as JSON in the header."""
+        header = {key: value for key, value in vars(self).items() if key not in ("tensors", "config")}
+        header["config"] = asdict(self.config)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        return safetensors.torch.save(tensors, metadata={"nkat": json.dumps(header)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Weights":
+        """The inverse of `to_bytes`.
+
+        Raises:
+            CheckpointError: not such a file, or cut short.
+        """
+        try:
+            size = int.from_bytes(data[:8], "little")
+            header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["nkat"])
+            tensors = safetensors.torch.load(data)
+        except (ValueError, KeyError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"not NKAT weights, or cut short ({type(error).__name__}: {error})") from error
+        header["config"] = config_from_json(header["config"])
+        return cls(**{**header, "mean": tuple(header["mean"]), "std": tuple(header["std"])}, tensors=tensors)
+
+
+def config_from_json(fields: Mapping[str, Any]) -> TrialConfig:
+    """A TrialConfig from JSON, which knows no tuples."""
+    return TrialConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part.
+
+    Raises:
+        OSError: the disk is full or not writable; the old file is untouched and no part is left behind.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a training's state into a folder, digest last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / STATE_FILE
+    temporary = folder / f".{STATE_FILE}.part"
+    torch.save(dict(state), temporary)
+    digest = _sha256(temporary)
+    os.replace(temporary, path)
+    write_atomically(folder / f"{STATE_FILE}.sha256", digest.encode())
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read a training's state.
+
+    Raises:
+        CheckpointError: the file is missing, or is not the one that was written.
+    """
+    path = folder / STATE_FILE
+    try:
+        expected = (folder / f"{STATE_FILE}.sha256").read_text()
+        found = _sha256(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename} is missing") from error
+    if found != expected:
+        raise CheckpointError(f"{path} is damaged or cut short: SHA-256 is {found[:12]}, expected {expected[:12]}")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def first_whole_state(folders: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
+    """The first folder, newest first, whose state is whole, with the state; None if there is none."""
+    for folder in folders:
+        try:
+            return folder, load_state(folder)
+        except CheckpointError:
+            continue  # cut short while it was written: the one before it is used
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
