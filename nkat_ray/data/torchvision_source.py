@@ -1,0 +1,101 @@
+"""Torchvision's own download, into a temporary folder. Torch is loaded only once a host has answered."""
+
+import contextlib
+import importlib.util
+import io
+import socket
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from nkat_ray.data.dataset import DataError, Pair, Unavailable
+from nkat_ray.data.spec import KNOWN, TORCHVISION
+from nkat_ray.data.torchvision_layout import TorchvisionReader
+
+PROBE_S: Final = 6.0  # for a host's first answer, name look-up included
+STALL_S: Final = 30.0  # without a byte, during a download
+_CLASSES: Final = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion_mnist": "FashionMNIST", "emnist_letters": "EMNIST"}
+
+
+def fetch(name: str, *, scratch: Path, notice: Callable[[str], None]) -> Pair:
+    """Both splits of a known dataset by torchvision's download; torchvision checks the archives' MD5.
+
+    Raises:
+        Unavailable: torchvision is not installed, no host answers, or the download failed.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        raise Unavailable("torchvision is not installed")
+    from torchvision import datasets
+
+    dataset = getattr(datasets, _CLASSES[name])
+    host = _reachable(_urls(dataset))
+    notice(f"{name}: downloading with torchvision")
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=f".{name}-") as folder:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), _socket_timeout(STALL_S):  # the progress bar is not ours
+                _download(dataset, folder, host)
+            reader = TorchvisionReader(Path(folder), name)
+            return Pair(reader.load("train"), reader.load("test"), KNOWN[name].class_names, TORCHVISION)
+        except (OSError, RuntimeError, DataError) as error:
+            raise Unavailable(f"torchvision's download failed ({_first_line(error)})") from error
+
+
+def _urls(dataset: Any) -> list[str]:
+    """Where torchvision would download from: its mirrors, or the one archive."""
+    own = vars(dataset)
+    return list(own["mirrors"]) if "mirrors" in own else [own["url"]]
+
+
+def _download(dataset: Any, folder: str, url: str) -> None:
+    options = {"split": "letters"} if dataset.__name__ == "EMNIST" else {}
+    if "mirrors" in vars(dataset):  # only the one that answered: another could hang; the name makes the folder's
+        dataset = type(dataset.__name__, (dataset,), {"mirrors": [url]})
+    dataset(folder, download=True, **options)
+
+
+def _reachable(urls: list[str]) -> str:
+    """The first URL whose host answers at all within PROBE_S, all asked at once.
+
+    Raises:
+        Unavailable: none does.
+    """
+    answered: dict[str, bool] = {}
+    threads = [threading.Thread(target=lambda url=url: answered.update({url: answers(url)}), daemon=True) for url in urls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PROBE_S)
+    for url in urls:
+        if answered.get(url):
+            return url
+    raise Unavailable("torchvision's hosts cannot be reached from here")
+
+
+def answers(url: str) -> bool:
+    """Whether the host (or a proxy on the way) answers; threads bound the name look-up too."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_S).close()
+    except urllib.error.HTTPError as error:
+        return error.code < 500 and error.code != 403 and error.code != 407  # a refusal by a proxy is no answer
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Torchvision opens its connections without a timeout; this bounds a stall."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
