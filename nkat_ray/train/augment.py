@@ -87,8 +87,9 @@ def random_flip(images: Tensor, *, generator: Generator) -> Tensor:
         uint8 (B, 3, H, W).
     """
     check_images(images)
-    chosen = _chosen(len(images), 0.5, generator).to(images.device)
-    return torch.where(chosen[:, None, None, None], images.flip(3), images)
+    n = len(images)
+    source = torch.arange(n, device=generator.device) + n * _chosen(n, 0.5, generator)
+    return torch.cat([images, images.flip(3)]).index_select(0, source.to(images.device))
 
 
 def channel_shuffle(images: Tensor, *, p: float, generator: Generator) -> Tensor:
@@ -110,8 +111,9 @@ def channel_shuffle(images: Tensor, *, p: float, generator: Generator) -> Tensor
         raise ValueError(f"p is {p}; allowed: 0..1")
     n = len(images)
     drawn = _randint(len(_PERMUTATIONS), (n,), generator) * _chosen(n, p, generator)
-    order = torch.tensor(_PERMUTATIONS, device=drawn.device)[drawn].to(images.device)
-    return images[torch.arange(n, device=images.device)[:, None], order]
+    order = torch.tensor(_PERMUTATIONS, device=drawn.device)[drawn]
+    planes = (3 * torch.arange(n, device=drawn.device)[:, None] + order).flatten()
+    return images.flatten(0, 1).index_select(0, planes.to(images.device)).view_as(images)
 
 
 def cutout(images: Tensor, *, size: int, generator: Generator, fill: Fill = 0) -> Tensor:
@@ -142,8 +144,8 @@ def cutout(images: Tensor, *, size: int, generator: Generator, fill: Fill = 0) -
     n, _, height, width = images.shape
     rows = _covered(_randint(height, (n, 1), generator), size, height)
     columns = _covered(_randint(width, (n, 1), generator), size, width)
-    square = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.device)
-    return torch.where(square, torch.tensor(colour, dtype=torch.uint8, device=images.device).view(-1, 1, 1), images)
+    square = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.device, torch.uint8)
+    return images * (1 - square) + square * torch.tensor(colour, dtype=torch.uint8, device=images.device).view(-1, 1, 1)
 
 
 def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float, generator: Generator) -> tuple[Tensor, Tensor]:

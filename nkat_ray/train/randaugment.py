@@ -70,6 +70,8 @@ def rand_augment(images: Tensor, *, num_ops: int, magnitude: int, generator: Gen
         raise ValueError(f"num_ops is {num_ops}; it must be >= 0")
     if not 0 <= magnitude < MAGNITUDE_BINS:
         raise ValueError(f"magnitude is {magnitude}; allowed: 0..{MAGNITUDE_BINS - 1}")
+    if len(images) == 0:
+        return images
     for _ in range(num_ops):
         operation, negative = draw_operations(len(images), generator=generator)
         images = _apply_each(images, operation, negative, magnitude)
@@ -87,6 +89,7 @@ def draw_operations(n: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
     return operation, negative
 
 
+@functools.lru_cache(maxsize=1024)
 def strength(name: str, magnitude: int, *, height: int, width: int) -> float:
     """Row `magnitude` of torchvision's table of 31 for images of height x width pixels; without a sign.
 
@@ -135,7 +138,7 @@ def apply_operation(images: Tensor, name: str, value: float) -> Tensor:
         case "Contrast":
             result = F.adjust_contrast(images, 1.0 + value)
         case "Sharpness":
-            result = F.adjust_sharpness(images, 1.0 + value)
+            result = _sharpen(images, 1.0 + value)
         case "Posterize":
             result = F.posterize(images, int(value))
         case "Solarize":
@@ -150,18 +153,41 @@ def apply_operation(images: Tensor, name: str, value: float) -> Tensor:
 
 
 def _apply_each(images: Tensor, operation: Tensor, negative: Tensor, magnitude: int) -> Tensor:
-    """Apply to each image the operation that it drew, group by group."""
+    """Apply to each image the operation that it drew: sort by operation, apply each to its part, sort back."""
     signed = torch.tensor(list(OPERATIONS.values()), device=operation.device)
     code = 2 * operation + (negative & signed[operation])
-    counts = torch.bincount(code, minlength=2 * len(OPERATIONS)).tolist()
-    groups = torch.split(code.argsort().to(images.device), counts)
-    out = images.clone()
-    for number, group in enumerate(groups):
-        name = _NAMES[number // 2]
-        if len(group) and name != "Identity":
-            value = strength(name, magnitude, height=images.shape[2], width=images.shape[3])
-            out[group] = apply_operation(images[group], name, -value if number % 2 else value)
-    return out
+    order = code.argsort()
+    parts = torch.split(
+        images.index_select(
+            0, order.to(images.device)
+        ),  # copies whole images, some twenty times as fast as images[order]
+        torch.bincount(code, minlength=2 * len(OPERATIONS)).tolist(),
+    )
+    changed = torch.cat([_apply_code(part, number, magnitude) for number, part in enumerate(parts) if len(part)])
+    return changed.index_select(0, order.argsort().to(images.device))
+
+
+def _apply_code(images: Tensor, code: int, magnitude: int) -> Tensor:
+    """Apply operation code // 2, with the sign turned if the code is odd."""
+    name = _NAMES[code // 2]
+    value = strength(name, magnitude, height=images.shape[2], width=images.shape[3])
+    return apply_operation(images, name, -value if code % 2 else value)
+
+
+def _sharpen(images: Tensor, factor: float) -> Tensor:
+    """`F.adjust_sharpness` without its convolution, which costs six times as much on small groups.
+
+    The blur is (8 neighbours + 5 times the pixel) / 13, rounded. Sums of whole numbers are exact, and no thirteenth lies
+    nearer than 1/26 to a rounding boundary, so any order of the additions gives torchvision's pixels.
+    """
+    if min(images.shape[2:]) <= 2:
+        return images
+    sharp = images.float()
+    inner = sharp[:, :, 1:-1, 1:-1]
+    rows = sharp[:, :, :-2] + sharp[:, :, 1:-1] + sharp[:, :, 2:]
+    blurred = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]).add_(inner, alpha=4).div_(13).round_()
+    inner.add_(blurred.sub_(inner), alpha=1.0 - factor)
+    return sharp.clamp_(0, 255).to(torch.uint8)
 
 
 def _move(images: Tensor, name: str, value: float) -> Tensor:
