@@ -32,9 +32,11 @@ class Cutout:
     """Cutout of one uint8 (3, H, W), as DeVries and Taylor's script draws it."""
 
     def __init__(self, size: int) -> None:
+        """Take the side of the square in pixels."""
         self.size = size
 
     def __call__(self, image: Tensor) -> Tensor:
+        """Black out one square."""
         height, width = image.shape[1:]
         mask = np.ones((height, width), np.uint8)
         y, x = np.random.randint(height), np.random.randint(width)
