@@ -40,12 +40,13 @@ class Memory:
     A cache that cannot be read or written only costs time: the files are checked again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, fresh: bool = False) -> None:
         self._file = folder / "checked.json"
+        self._fresh = fresh  # recall nothing, so that everything is checked anew
 
     def recall(self, path: Path) -> Check | None:
         """The earlier outcome for exactly this file, or None."""
-        entry = self._read().get(self._key(path))
+        entry = None if self._fresh else self._read().get(self._key(path))
         try:
             return Check(**entry) if entry is not None else None
         except TypeError:

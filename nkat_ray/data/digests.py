@@ -20,8 +20,8 @@ def file_sha256(path: Path) -> str:
 def content_sha256(split: Split) -> str:
     """SHA-256 of a decoded split: its shape, the pixels (N, C, H, W), the labels as little-endian int64."""
     digest = hashlib.sha256("{},{},{},{}\n".format(*split.images.shape).encode())
-    digest.update(np.ascontiguousarray(split.images))
-    digest.update(np.ascontiguousarray(split.labels, dtype="<i8"))
+    digest.update(np.ascontiguousarray(split.images).data)
+    digest.update(np.ascontiguousarray(split.labels, dtype="<i8").data)
     return digest.hexdigest()
 
 
@@ -38,7 +38,7 @@ def idx_bytes(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bytes:
 def cifar_sha1(split: Split) -> tuple[str, ...]:
     """SHA-1 of each official binary batch: a label byte and 3,072 planar bytes an image, 10,000 images a batch."""
     records = np.concatenate([split.labels.astype(np.uint8)[:, None], split.images.reshape(len(split), -1)], axis=1)
-    return tuple(hashlib.sha1(records[i : i + CIFAR_BATCH]).hexdigest() for i in range(0, len(split), CIFAR_BATCH))
+    return tuple(hashlib.sha1(records[i : i + CIFAR_BATCH].data).hexdigest() for i in range(0, len(split), CIFAR_BATCH))
 
 
 def idx_md5(split: Split) -> tuple[str, ...]:

@@ -4,12 +4,13 @@ How a file is judged:
 
 1. Unreadable, inconsistent or out of range (columns, metadata, labels, image sizes): damaged.
 2. Listed in the folder's `SHA256SUMS` (optional) with another digest: damaged.
-3. A known Parquet file (by SHA-256), or decoded content equal to a known release: verified. Known content under the name
-   of another known dataset, or of the other split: damaged, since training on test images must not happen by a slip.
-4. Otherwise, a file that claims a known release, by its `source` text together with that release's number of images (in
-   torchvision's layout: by its place and that number), is damaged: its digest is wrong.
-5. Anything else is used: `verified` if SHA256SUMS listed both files, else "unverified". That includes a subset of a known
-   release, since no digest of it can be known.
+3. A known Parquet file (by SHA-256), or decoded content equal to a known release: verified. Known content under the
+   name of another known dataset, or of the other split: damaged, since training on test images must not happen by a
+   slip.
+4. Otherwise, a file that claims a known release, by its `source` text together with that release's number of images
+   (in torchvision's layout: by its place and that number), is damaged: its digest is wrong.
+5. Anything else is used: `verified` if SHA256SUMS listed both files, else "unverified". That includes a subset of a
+   known release, since no digest of it can be known.
 
 Damaged is a `DataError`. Checks that ended well are remembered (`cache.Memory`).
 """
@@ -17,9 +18,7 @@ Damaged is a `DataError`. Checks that ended well are remembered (`cache.Memory`)
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from nkat_ray.data import parquet, torchvision_layout
+from nkat_ray.data import torchvision_layout
 from nkat_ray.data.cache import Check, Memory
 from nkat_ray.data.dataset import SPLITS, DataError, Dataset, Labels, Reader, Split, SplitName
 from nkat_ray.data.digests import content_sha256, dataset_digest, file_sha256
@@ -52,7 +51,7 @@ def open_folder(name: str, folder: Path, memory: Memory) -> Dataset | None:
         DataError: the folder does not exist, or what it holds is damaged (module docstring).
     """
     if not folder.is_dir():
-        raise DataError(f"data folder {folder} does not exist or is no folder; give one that holds {name}-train.parquet")
+        raise DataError(f"data folder {folder} does not exist or is no folder; name one with {name}-train.parquet")
     present = [pair_path(folder, name, split) for split in SPLITS if pair_path(folder, name, split).exists()]
     if len(present) == len(SPLITS):
         return _open_pair(name, folder, memory)
@@ -88,7 +87,8 @@ def _dataset(
     return Dataset(
         name=name, class_names=class_names, grey=grey, flip=KNOWN[name].flip if name in KNOWN else flip,
         source=where if verified else f"{where}, unverified",
-        digest=dataset_digest(contents["train"], contents["test"]), verified=verified, sizes={**sizes}, reader=reader,
+        digest=dataset_digest(contents["train"], contents["test"]), verified=verified,
+        sizes={"train": sizes["train"], "test": sizes["test"]}, reader=reader,
     )
 
 
@@ -97,7 +97,8 @@ def _check_agreement(name: str, train: Header, test: Header) -> None:
     for field in ("class_names", "height", "width", "channels", "flip"):
         ours, theirs = getattr(train, field), getattr(test, field)
         if ours != theirs:
-            raise DataError(f"{train.path} and {test.path.name} differ in {field}: {ours} and {theirs}; write both alike")
+            found = f"{train.path} and {test.path.name} differ in {field}: {ours} and {theirs}"
+            raise DataError(f"{found}; write both alike")
     if name in KNOWN and train.channels != KNOWN[name].channels:
         want = KNOWN[name].channels
         raise DataError(f"{train.path} has {train.channels} channels; {name} has {want}: give the file another name")
@@ -137,8 +138,8 @@ def _check_identity(name: str, split: SplitName, header: Header, check: Check) -
     if claimed is not None:
         expected = KNOWN[claimed].release.contents[split]
         raise DataError(
-            f"{header.path} claims to be {claimed} ({header.source}, {header.rows} images), but the digest of its content is "
-            f"sha256:{check.content}, expected sha256:{expected}; copy it again, or change its `source` if it is your own"
+            f"{header.path} claims to be {claimed} ({header.source}, {header.rows} images), but its digest is "
+            f"sha256:{check.content}, expected sha256:{expected}; copy it again, or change `source` if it is your own"
         )
 
 
@@ -151,7 +152,8 @@ def read_sums(folder: Path) -> dict[str, str]:
         lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
         return {file.strip().lstrip("*").removeprefix("./"): digest.lower() for digest, file in lines}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); make it again with `sha256sum *.parquet > {SUMS}`") from error
+        message = f"{path} cannot be read ({error}); make it again with `sha256sum *.parquet > {SUMS}`"
+        raise DataError(message) from error
 
 
 def _open_torchvision(name: str, folder: Path) -> Dataset | None:
@@ -167,8 +169,8 @@ def _open_torchvision(name: str, folder: Path) -> Dataset | None:
         expected = known.release.contents[split]
         if sizes[split] == known.release.sizes[split] and contents[split] != expected:
             place = folder / torchvision_layout.place(name)
-            found = f"the digest of its {split} images is sha256:{contents[split]}"
-            raise DataError(f"{place} is {name} by its size, but {found}, expected sha256:{expected}; download it again")
+            found = f"its {split} images have the digest sha256:{contents[split]}, expected sha256:{expected}"
+            raise DataError(f"{place} is {name} by its size, but {found}; download it again")
     return _dataset(
         name, known.class_names, grey=known.grey, flip=known.flip,
         where=f"{folder / torchvision_layout.place(name)} (torchvision's layout)",

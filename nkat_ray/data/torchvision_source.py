@@ -1,5 +1,10 @@
-"""Torchvision's own download, into a temporary folder. Torch is loaded only once a host has answered."""
+"""Torchvision's own download, into a temporary folder.
 
+Importing torchvision loads torch, which takes many seconds; so the addresses are first read from its source text, and it
+is imported only when a host has answered.
+"""
+
+import ast
 import contextlib
 import importlib.util
 import io
@@ -27,34 +32,46 @@ def fetch(name: str, *, scratch: Path, notice: Callable[[str], None]) -> Pair:
     Raises:
         Unavailable: torchvision is not installed, no host answers, or the download failed.
     """
-    if importlib.util.find_spec("torchvision") is None:
-        raise Unavailable("torchvision is not installed")
-    from torchvision import datasets
-
-    dataset = getattr(datasets, _CLASSES[name])
-    host = _reachable(_urls(dataset))
+    url = _reachable(_urls(name))
     notice(f"{name}: downloading with torchvision")
     with tempfile.TemporaryDirectory(dir=scratch, prefix=f".{name}-") as folder:
         try:
             with contextlib.redirect_stderr(io.StringIO()), _socket_timeout(STALL_S):  # the progress bar is not ours
-                _download(dataset, folder, host)
+                _download(_CLASSES[name], folder, url)
             reader = TorchvisionReader(Path(folder), name)
             return Pair(reader.load("train"), reader.load("test"), KNOWN[name].class_names, TORCHVISION)
         except (OSError, RuntimeError, DataError) as error:
             raise Unavailable(f"torchvision's download failed ({_first_line(error)})") from error
 
 
-def _urls(dataset: Any) -> list[str]:
-    """Where torchvision would download from: its mirrors, or the one archive."""
-    own = vars(dataset)
-    return list(own["mirrors"]) if "mirrors" in own else [own["url"]]
+def _urls(name: str) -> list[str]:
+    """Where torchvision would download from: the `mirrors` or the `url` of its class, read without importing it.
+
+    Raises:
+        Unavailable: torchvision is not installed, or its source is not as expected.
+    """
+    package = importlib.util.find_spec("torchvision")  # finds, does not import
+    if package is None or package.origin is None:
+        raise Unavailable("torchvision is not installed")
+    source = Path(package.origin).parent / "datasets" / ("cifar.py" if name == "cifar10" else "mnist.py")
+    try:
+        classes = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef)]
+        body = next(node.body for node in classes if node.name == _CLASSES[name])
+        fields = {target.id: node.value for node in body if isinstance(node, ast.Assign)
+                  for target in node.targets if isinstance(target, ast.Name)}
+        value = ast.literal_eval(fields["mirrors"] if "mirrors" in fields else fields["url"])
+    except (OSError, SyntaxError, ValueError, StopIteration, KeyError) as error:
+        raise Unavailable(f"torchvision's addresses were not found in {source}") from error
+    return [value] if isinstance(value, str) else list(value)
 
 
-def _download(dataset: Any, folder: str, url: str) -> None:
-    options = {"split": "letters"} if dataset.__name__ == "EMNIST" else {}
-    if "mirrors" in vars(dataset):  # only the one that answered: another could hang; the name makes the folder's
-        dataset = type(dataset.__name__, (dataset,), {"mirrors": [url]})
-    dataset(folder, download=True, **options)
+def _download(kind: str, folder: str, url: str) -> None:
+    from torchvision import datasets  # late: it loads torch
+
+    dataset: Any = getattr(datasets, kind)
+    if "mirrors" in vars(dataset):  # only the one that answered, as another could hang; the name becomes the folder's
+        dataset = type(kind, (dataset,), {"mirrors": [url]})
+    dataset(folder, download=True, **({"split": "letters"} if kind == "EMNIST" else {}))
 
 
 def _reachable(urls: list[str]) -> str:
@@ -64,7 +81,11 @@ def _reachable(urls: list[str]) -> str:
         Unavailable: none does.
     """
     answered: dict[str, bool] = {}
-    threads = [threading.Thread(target=lambda url=url: answered.update({url: answers(url)}), daemon=True) for url in urls]
+
+    def ask(url: str) -> None:
+        answered[url] = answers(url)
+
+    threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]  # daemons: never waited for
     for thread in threads:
         thread.start()
     for thread in threads:
