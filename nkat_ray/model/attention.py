@@ -6,7 +6,7 @@ Legend of shapes: B images, H heads, N tokens, D embedding width, E = D / H, G =
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import use_fused_attn
+from timm.layers.config import use_fused_attn
 from torch import Tensor, nn
 
 SCATTER_TOKENS = 64  # up to here explicit weights are faster, above it a boolean mask + SDPA (benchmarks/model_cost.py)
@@ -39,15 +39,14 @@ def filtered_softmax(
     if not _filters(scores.shape[-1], top_k, top_p):
         return scores.softmax(-1)
     values, index = _kept(scores, top_k, top_p)
-    return torch.zeros_like(scores).scatter(-1, index, values.softmax(-1))
+    return _spread(values.softmax(-1), index, scores.shape[-1])
 
 
 def keep_mask(scores: Tensor, *, top_k: int | None, top_p: float | None) -> Tensor:
     """True where `filtered_softmax` keeps a key. `scores` (..., N) are divided by the temperature already."""
-    mask = torch.zeros_like(scores, dtype=torch.bool)
     with torch.no_grad():
         values, index = _kept(scores, top_k, top_p)
-        return mask.scatter_(-1, index, values > -torch.inf)
+        return _spread(values > -torch.inf, index, scores.shape[-1])
 
 
 def _kept(scores: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
@@ -60,6 +59,11 @@ def _kept(scores: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tenso
         mass_before = values.softmax(-1)[..., :-1].cumsum(-1)  # of the second key and those after it
         drop = F.pad(mass_before >= top_p, (1, 0))  # the first always stays
     return values.masked_fill(drop, -torch.inf), index
+
+
+def _spread(values: Tensor, index: Tensor, tokens: int) -> Tensor:
+    """Values (..., K) at their places among N zeros: (..., N)."""
+    return values.new_zeros(*values.shape[:-1], tokens).scatter(-1, index, values)
 
 
 def _filters(tokens: int, top_k: int | None, top_p: float | None) -> bool:
@@ -111,9 +115,10 @@ class NKATAttention(nn.Module):
     With `split_heads` the input is four streams (red, green, blue, fused): each feeds the queries, keys and values
     of two heads, and the modulation reads the fused one.
 
-    Up to 64 tokens the weights are explicit and pass through the module `attn_drop`, where a hook sees them
-    (timm.utils.AttentionExtract). Above, unless timm's `set_fused_attn(False)` was called before the model was built,
-    the filter becomes a mask for scaled_dot_product_attention. Both give the same output.
+    Up to 64 tokens the weights are explicit; above, the filter becomes a boolean mask for SDPA, except with dropout on
+    a CPU, where SDPA has no fused kernel. All ways give the same output. In evaluation up to 64 tokens the weights pass
+    through the module `attn_drop`, where a hook sees them (timm.utils.AttentionExtract); always, if timm's
+    `set_fused_attn(False)` was called before the model was built.
     """
 
     def __init__(
@@ -135,8 +140,8 @@ class NKATAttention(nn.Module):
         if split_heads and num_heads != STREAMS * STREAM_HEADS:
             raise ValueError(f"num_heads is {num_heads}; split_heads needs {STREAMS * STREAM_HEADS}")
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.scale = (dim // num_heads) ** -0.5 / temperature
         self.split_heads = split_heads
         self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -149,7 +154,8 @@ class NKATAttention(nn.Module):
         q, k, v = self._split_qkv(x) if self.split_heads else self._qkv(x)
         out = rearrange(self._attend(q, k, v), "b h n e -> b n (h e)")
         factor = self.modulation(x[:, -1] if self.split_heads else x)
-        return self.proj(out * factor.to(out.dtype))
+        projected: Tensor = self.proj(out * factor.to(out.dtype))
+        return projected
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(x), "b n (c h e) -> c b h n e", c=3, h=self.num_heads)
@@ -165,25 +171,37 @@ class NKATAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, N, E) three times -> (B, H, N, E)."""
-        if self.fused_attn and (q.shape[-2] > SCATTER_TOKENS or not _filters(q.shape[-2], self.top_k, self.top_p)):
-            return self._masked_attention(q, k, v)
-        weights = filtered_softmax(self._scores(q, k), temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        return self.attn_drop(weights).to(v.dtype) @ v
+        filters = _filters(q.shape[-2], self.top_k, self.top_p)
+        if self.fused_attn and (not filters or self._prefers_mask(q)):
+            return self._masked_attention(q, k, v, filters)
+        if self.fused_attn and self.training:
+            return self._sparse_attention(q, k, v)
+        weights = filtered_softmax(self._scores(q, k), top_k=self.top_k, top_p=self.top_p)
+        dropped: Tensor = self.attn_drop(weights)
+        return dropped.to(v.dtype) @ v
 
-    def _masked_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _prefers_mask(self, q: Tensor) -> bool:
+        drops = self.training and self.attn_drop.p > 0  # for which SDPA has no fused kernel on the CPU
+        return q.shape[-2] > SCATTER_TOKENS and not (drops and q.device.type == "cpu")
+
+    def _masked_attention(self, q: Tensor, k: Tensor, v: Tensor, filters: bool) -> Tensor:
         mask = None
-        if _filters(q.shape[-2], self.top_k, self.top_p):
+        if filters:
             with torch.no_grad():
-                mask = keep_mask(self._scores(q, k) / self.temperature, top_k=self.top_k, top_p=self.top_p)
+                mask = keep_mask(self._scores(q, k), top_k=self.top_k, top_p=self.top_p)
         dropout = self.attn_drop.p if self.training else 0.0
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale / self.temperature
-        )
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale)
+
+    def _sparse_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As with explicit weights, with the dropout on the few that were kept: the others are 0 anyway."""
+        values, index = _kept(self._scores(q, k), self.top_k, self.top_p)
+        weights = F.dropout(values.softmax(-1), self.attn_drop.p, self.training).to(v.dtype)
+        return _spread(weights, index, q.shape[-2]) @ v
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """(B, H, N, N) in float32 or float64: in bfloat16 up to 7 % of the rows tie at the k-th place."""
+        """(B, H, N, N), temperature included, in float32 or float64: in bfloat16 up to 7 % of the k-th places tie."""
         with torch.autocast(q.device.type, enabled=False):
-            return (_at_least_float32(q) * self.scale) @ _at_least_float32(k).mT
+            return torch.matmul(_at_least_float32(q) * self.scale, _at_least_float32(k).mT)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

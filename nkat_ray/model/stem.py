@@ -3,12 +3,12 @@
 docs/spec.md section 3. Legend of shapes: B images, C channels, N tokens, D embedding width.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from nkat_ray.config import IMAGE_SIZE, ColorNorm, ModelConfig, Stem
@@ -37,7 +37,7 @@ class ColorWiseLayerNorm(nn.Module):
         """(B, 3, H, W) -> (B, 3, H, W)."""
         if self.bypass or self.mode == "off":
             return x
-        normed = rearrange(self.norm(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
+        normed: Tensor = rearrange(self.norm(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
         return x + normed if self.mode == "residual" else normed
 
     def extra_repr(self) -> str:
@@ -78,7 +78,8 @@ def _conv(inputs: int, outputs: int, *, stride: int) -> list[nn.Module]:
 class ColourEmbed(nn.Module):
     """One embedding a colour and token, from that colour alone: the streams of Split-Head Attention.
 
-    A grouped convolution on the image, one group a channel, whose kernel and stride are one token's cell.
+    A grouped convolution on the image, one group a channel, whose kernel and stride are one token's cell (computed as
+    one matrix product a colour).
 
     Args:
         dim: embedding width D.
@@ -87,14 +88,18 @@ class ColourEmbed(nn.Module):
 
     def __init__(self, dim: int, *, cell: int) -> None:
         super().__init__()
+        self.cell = cell
         self.proj = nn.Conv2d(COLOURS, COLOURS * dim, cell, stride=cell, groups=COLOURS)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 3, N, D)."""
-        return rearrange(self.proj(image), "b (c d) h w -> b c (h w) d", c=COLOURS)
+        side, weight = self.cell, rearrange(self.proj.weight, "(c d) 1 p q -> c (p q) d", c=COLOURS)
+        cells = rearrange(image, "b c (h p) (w q) -> c (b h w) (p q)", p=side, q=side)
+        bias = rearrange(cast(Tensor, self.proj.bias), "(c d) -> c 1 d", c=COLOURS)
+        return rearrange(torch.baddbmm(bias, cells, weight), "c (b n) d -> b c n d", b=len(image))
 
 
-class NKATEmbed(PatchEmbed):  # type: ignore[misc]  # timm is not typed
+class NKATEmbed(PatchEmbed):
     """Image -> tokens: Color-wise LayerNorm, ConvStem, then timm's patch embedding on the stem's map.
 
     With split heads the three colour streams are stacked before the fused tokens, so that everything between here

@@ -4,22 +4,23 @@ Registered with timm as `nkat_vit`; the options are `ModelConfig`'s fields. A sa
 `config.json`) is read back by `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.layers import Mlp
+from timm.layers.mlp import Mlp
 from timm.models import build_model_with_cfg, register_model
-from timm.models._hub import load_model_config_from_path, save_config_for_hf
-from timm.models.vision_transformer import VisionTransformer
+from timm.models._hub import save_config_for_hf
+from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
 from nkat_ray.config import IMAGE_SIZE, ModelConfig, field_names
@@ -29,6 +30,7 @@ from nkat_ray.model.stem import NKATEmbed
 ARCHITECTURE = "nkat_vit"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+Pool = Literal["", "avg", "avgmax", "max"]  # timm's poolings that need no class token
 HALF = (0.5, 0.5, 0.5)  # a neutral mean and std; training passes its split's own
 
 default_cfgs = {
@@ -92,10 +94,11 @@ class NKATBlock(nn.Module):
         """(B, N, D), or (B, 4, N, D) into split heads -> (B, N, D)."""
         fused = x[:, -1] if self.split_heads else x
         x = fused + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+        return out
 
 
-class NKATVisionTransformer(VisionTransformer):  # type: ignore[misc]  # timm is not typed
+class NKATVisionTransformer(VisionTransformer):
     """NKAT-ViT: mean pooling, no class token, learned positions.
 
     `forward` takes normalised images (B, 3, 32, 32) and returns logits (B, num_classes). Mean and std of the
@@ -109,7 +112,7 @@ class NKATVisionTransformer(VisionTransformer):  # type: ignore[misc]  # timm is
     """
 
     def __init__(
-        self, *, config: ModelConfig, num_classes: int = 10, grey: bool = False, global_pool: str = "avg"
+        self, *, config: ModelConfig, num_classes: int = 10, grey: bool = False, global_pool: Pool = "avg"
     ) -> None:
         super().__init__(
             img_size=IMAGE_SIZE,
@@ -121,7 +124,7 @@ class NKATVisionTransformer(VisionTransformer):  # type: ignore[misc]  # timm is
             class_token=False,
             pos_drop_rate=config.dropout_embed,
             embed_layer=partial(NKATEmbed, config=config, grey=grey),
-            block_fn=partial(NKATBlock, config=config),
+            block_fn=partial(NKATBlock, config=config),  # type: ignore[arg-type]  # timm only calls it
         )
         self.config = config
         self._model_args = {**asdict(config), "grey": grey}  # what timm writes into config.json
@@ -139,7 +142,7 @@ class NKATVisionTransformer(VisionTransformer):  # type: ignore[misc]  # timm is
 
 @register_model
 def nkat_vit(pretrained: bool = False, **kwargs: Any) -> NKATVisionTransformer:
-    """timm's entry point: `timm.create_model("nkat_vit", num_classes=10, conv_stem="tiny", patch_size=2, ...)`.
+    """Entry point of timm: `timm.create_model("nkat_vit", num_classes=10, conv_stem="tiny", patch_size=2, ...)`.
 
     Options are `ModelConfig`'s fields with its defaults, `grey`, and timm's `num_classes` and `global_pool`. One
     difference: timm drops options that are None, so a `top_k` or `top_p` that is not given is off here.
@@ -152,13 +155,14 @@ def nkat_vit(pretrained: bool = False, **kwargs: Any) -> NKATVisionTransformer:
     size, channels = kwargs.pop("img_size", IMAGE_SIZE), kwargs.pop("in_chans", 3)
     if size not in (IMAGE_SIZE, (IMAGE_SIZE, IMAGE_SIZE), [IMAGE_SIZE, IMAGE_SIZE]) or channels != 3:
         raise ValueError(f"img_size is {size}, in_chans {channels}; NKAT-ViT takes ({IMAGE_SIZE}, {IMAGE_SIZE}) and 3")
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         partial(_build, config=ModelConfig(**fields)),
         ARCHITECTURE,
         pretrained,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **kwargs,
     )
+    return cast(NKATVisionTransformer, model)
 
 
 def _build(*, config: ModelConfig, in_chans: int = 3, img_size: Any = None, **kwargs: Any) -> NKATVisionTransformer:
@@ -182,13 +186,14 @@ def create_nkat_vit(
         mean: of each channel over the training split, 0..1.
         std: of each channel over the training split, 0..1 units.
     """
-    return timm.create_model(
+    model = timm.create_model(
         ARCHITECTURE,
         num_classes=num_classes,
         grey=grey,
         pretrained_cfg_overlay={"mean": tuple(mean), "std": tuple(std), "num_classes": num_classes},
         **{name: getattr(config, name) for name in field_names(ModelConfig)},
     )
+    return cast(NKATVisionTransformer, model)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -204,8 +209,7 @@ def count_nkat_parameters(model: nn.Module) -> int:
 def replace_head(model: NKATVisionTransformer, num_classes: int) -> None:
     """Puts a fresh head for `num_classes` on the model, in place: the start of a transfer."""
     model.reset_classifier(num_classes)
-    nn.init.trunc_normal_(model.head.weight, std=0.02)  # as every Linear of a new model starts
-    nn.init.zeros_(model.head.bias)
+    model.head.apply(init_weights_vit_timm)  # as every Linear of a new model starts
 
 
 def set_grey(model: NKATVisionTransformer, grey: bool) -> None:
@@ -236,9 +240,9 @@ def load_pretrained(folder: str | Path) -> NKATVisionTransformer:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; expected a folder that save_pretrained wrote")
     try:
-        _, architecture, _ = load_model_config_from_path(folder)
+        architecture = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("architecture")
         if architecture != ARCHITECTURE:
             raise ValueError(f"its architecture is {architecture!r}, not {ARCHITECTURE!r}")
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        return cast(NKATVisionTransformer, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} does not hold a readable NKAT-ViT: {error}") from error
