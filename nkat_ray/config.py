@@ -165,7 +165,8 @@ class ModelConfig(_Checked):
         self._between("top_k", low=1)
         self._between("top_p", low=0, high=1, open_low=True)
         self._between("nkat_strength", "nkat_decay", low=0, high=1)
-        self._check("color_norm", self.color_norm in ("off", "layernorm", "residual"), "allowed: off, layernorm, residual")
+        norms = ("off", "layernorm", "residual")
+        self._check("color_norm", self.color_norm in norms, f"allowed: {', '.join(norms)}")
         self._check(
             "split_heads",
             not self.split_heads or self.num_heads == 8,
@@ -223,7 +224,8 @@ class TrialConfig(ModelConfig):
         self._check("mixup", self.mixup + self.cutmix <= 1, f"mixup + cutmix must be <= 1, cutmix is {self.cutmix}")
         if self.randaugment is not None:
             ops, magnitude = self.randaugment
-            self._check("randaugment", 1 <= ops <= 14 and 0 <= magnitude <= 30, "allowed: 1..14 operations, magnitude 0..30")
+            allowed = "allowed: 1..14 operations, magnitude 0..30"
+            self._check("randaugment", 1 <= ops <= 14 and 0 <= magnitude <= 30, allowed)
         self._between("cutout", low=1, high=IMAGE_SIZE)
         self._between("train_images", low=10)
         self._between("val_images", low=10, high=30_000)
@@ -306,7 +308,7 @@ class RunConfig(TrialConfig, DataConfig):
     stage1_hours: OptionalFloat = None
     """Hours after which Stage 1 starts and continues no trial (reason `budget`), > 0; off for no limit."""
     transfer: Transfer = "finetune"
-    """Stage 2 on the other datasets: finetune (backbone and a fresh head), probe (head only) or scratch (new weights)."""
+    """Stage 2 on the other datasets: finetune (all behind a fresh head), probe (head only) or scratch (new weights)."""
     transfer_epochs: int = 5
     """Epochs of the transfer, 1..1000."""
     transfer_lr: float = 5e-4
@@ -318,7 +320,7 @@ class RunConfig(TrialConfig, DataConfig):
     datasets: tuple[str, ...] = STAGE2_DATASETS
     """Datasets of Stage 2; cifar10 must be among them."""
     address: str | None = None
-    """Ray cluster: an address, `auto`, or `local`. Default: $RAY_ADDRESS, this head's cluster, else a local instance."""
+    """Ray: an address, `auto` or `local`. Default: $RAY_ADDRESS, this head's cluster, else a local instance."""
     resume: bool = False
     """Continue the run called --name (without a name: the newest)."""
     dry_run: bool = False
@@ -353,7 +355,7 @@ class RunConfig(TrialConfig, DataConfig):
         if self.name is None:
             return
         ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name) is not None and ".." not in self.name
-        self._check("name", ok, "allowed: 1..100 letters, digits, '.', '_' or '-', starting with a letter or digit, no '..'")
+        self._check("name", ok, "allowed: 1..100 of letters, digits, '.', '_', '-'; a letter or digit first, no '..'")
 
     @property
     def trial(self) -> TrialConfig:

@@ -1,10 +1,9 @@
 """Stage 2: survivors x datasets as parallel Ray tasks, each on its share of a GPU (docs/spec.md section 6.3).
 
-First every survivor is carried over to every dataset and scored on validation images; that decides the ranking. Then, once and
-for all survivors together, the test images are read.
+First every survivor is carried over to every dataset and scored on validation images; that decides the ranking. Then,
+once and for all survivors together, the test images are read.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ import ray
 from ray.actor import ActorHandle
 
 from nkat_ray.config import STAGE1_DATASET, RunConfig
-from nkat_ray.data import Dataset, Missing, Split, split_validation, stratified_subset
+from nkat_ray.data import Dataset, Missing, Split, stratified_subset
+from nkat_ray.data.selection import Selection, select_images, training_limits
 from nkat_ray.metrics import LAMBDA_MODELS, counts, lambda_theory, tpe_score, wilson_interval
 from nkat_ray.search.callbacks import one_line
 from nkat_ray.search.resources import Share
@@ -59,7 +59,7 @@ class Task:
 
 
 def transfer_weights(
-    payload: bytes, split: Split, task: Task, run: RunConfig, seed: int, share: Share
+    payload: bytes, selection: Selection, task: Task, run: RunConfig, seed: int, share: Share
 ) -> tuple[bytes, dict[str, Any]]:
     """On a worker: carry a survivor over to one dataset; its new weights and the validation figures.
 
@@ -73,23 +73,21 @@ def transfer_weights(
     clock = time.perf_counter()
     device = device_for(share.gpus, share.cpus)
     source = Weights.from_bytes(payload)
-    limit = run.train_images if task.dataset == STAGE1_DATASET else run.transfer_images
-    train_index, val_index = split_validation(split.labels, val_images=run.val_images, train_images=limit)
-    val = ImageSet(split.images, split.labels, val_index, device)
+    val = ImageSet(selection.images, selection.labels, selection.val_index, device)
     if task.dataset == STAGE1_DATASET:
         correct = count_correct_of(source, val, device)
         figures = {"val_accuracy": correct / len(val), "n_val": len(val), "mode": "as trained"}
         return payload, {**figures, "seconds": time.perf_counter() - clock}
     moved = transfer(
         source, mode=run.transfer, epochs=run.transfer_epochs, lr=run.transfer_lr, dataset=task.dataset,
-        train=ImageSet(split.images, split.labels, train_index, device), val=val, num_classes=task.num_classes,
-        grey=task.grey, flip=task.flip, seed=seed, device=device, notice=print,
+        train=ImageSet(selection.images, selection.labels, selection.train_index, device), val=val,
+        num_classes=task.num_classes, grey=task.grey, flip=task.flip, seed=seed, device=device, notice=print,
     )  # fmt: skip
     figures = {"val_accuracy": moved.val_accuracy, "n_val": moved.n_val, "mode": run.transfer}
     return moved.weights.to_bytes(), {**figures, "seconds": time.perf_counter() - clock}
 
 
-def count_on_test(payload: bytes, split: Split, index: np.ndarray, share: Share) -> tuple[int, int]:
+def count_on_test(payload: bytes, split: Split, share: Share) -> tuple[int, int]:
     """On a worker: correct test images and their number."""
     from nkat_ray.search.trainable import device_for
     from nkat_ray.train.checkpoint import Weights
@@ -97,11 +95,13 @@ def count_on_test(payload: bytes, split: Split, index: np.ndarray, share: Share)
     from nkat_ray.train.transfer import count_correct_of
 
     device = device_for(share.gpus, share.cpus)
-    images = ImageSet(split.images, split.labels, index, device)
+    images = ImageSet(split.images, split.labels, None, device)
     return count_correct_of(Weights.from_bytes(payload), images, device), len(images)
 
 
-def survivor_payload(survivor: Survivor, vault: ActorHandle[Any], notice: Callable[[str], None]) -> "ray.ObjectRef[bytes]":
+def survivor_payload(
+    survivor: Survivor, vault: ActorHandle[Any], notice: Callable[[str], None]
+) -> "ray.ObjectRef[bytes]":
     """A survivor's weights by reference: the vault's, else read from disk with a notice.
 
     Raises:
@@ -112,7 +112,9 @@ def survivor_payload(survivor: Survivor, vault: ActorHandle[Any], notice: Callab
         return held
     payload = weights_on_disk(survivor.checkpoints)
     if payload is None:
-        raise FileNotFoundError(f"trial {survivor.trial}: no weights in the object store or in {list(survivor.checkpoints)}")
+        raise FileNotFoundError(
+            f"trial {survivor.trial}: no weights in the object store or in {list(survivor.checkpoints)}"
+        )
     notice(f"trial {survivor.trial}: its weights were not in the object store and were read from disk")
     return ray.put(payload)
 
@@ -152,7 +154,8 @@ def validate_survivors(
         notice: told what the user should know.
 
     Yields:
-        Rows of stage2.parquet (validation columns) as they finish, with the weights to be tested, None where there are none.
+        Rows of stage2.parquet (validation columns) as they finish, with the weights to be tested, None where there are
+        none.
     """
     pending: dict[Any, tuple[Survivor, str]] = {}
     for name, dataset in datasets.items():
@@ -161,12 +164,15 @@ def validate_survivors(
             for survivor in todo:
                 yield _row(survivor, name, None, run, status="missing", error=dataset.reason), None
         elif todo:
-            split = ray.put(dataset.load("train"))
+            images = ray.put(select_images(dataset, training_limits(dataset, run)))
             task = Task(dataset=name, num_classes=dataset.classes, grey=dataset.grey, flip=dataset.flip)
             for survivor in todo:
                 payload = survivor_payload(survivor, vault, notice)
                 call = _remote(transfer_weights, survivor.share)
-                pending[call.remote(payload, split, task, run, _seed(run, survivor, name), survivor.share)] = (survivor, name)
+                pending[call.remote(payload, images, task, run, _seed(run, survivor, name), survivor.share)] = (
+                    survivor,
+                    name,
+                )
     for ref, (survivor, name) in _as_finished(pending):
         found = datasets[name]
         assert isinstance(found, Dataset)
@@ -176,13 +182,14 @@ def validate_survivors(
             yield _row(survivor, name, found.classes, run, status="failed", error=one_line(error)), None
             continue
         status = "ok" if counts(figures["val_accuracy"], found.classes) else "failed"
-        error = None if status == "ok" else f"at or below chance, 1 / {found.classes}"
-        yield {**_row(survivor, name, found.classes, run, status=status, error=error), **_validated(survivor, figures, run, status)}, weights
+        why = None if status == "ok" else f"at or below chance, 1 / {found.classes}"
+        row = _row(survivor, name, found.classes, run, status=status, error=why)
+        yield {**row, **_validated(survivor, figures, run, status)}, weights
 
 
 def test_survivors(
     rows: Sequence[Mapping[str, Any]],
-    payloads: Mapping[tuple[int, str], bytes],
+    folder: Path,
     survivors: Mapping[int, Survivor],
     datasets: Mapping[str, Dataset | Missing],
     *,
@@ -192,7 +199,7 @@ def test_survivors(
 
     Args:
         rows: the validation rows.
-        payloads: the weights to be tested; a row without weights is passed on as it is.
+        folder: holds the weights to be tested (`payload_path`); a row without weights is passed on as it is.
 
     Yields:
         Complete rows of stage2.parquet as they finish.
@@ -200,16 +207,17 @@ def test_survivors(
     pending: dict[Any, Mapping[str, Any]] = {}
     for name, dataset in datasets.items():
         todo = [row for row in rows if row["dataset"] == name]
-        yield from (dict(row) for row in todo if (row["trial"], name) not in payloads)
-        todo = [row for row in todo if (row["trial"], name) in payloads]
+        yield from (dict(row) for row in todo if not payload_path(folder, row["trial"], name).exists())
+        todo = [row for row in todo if payload_path(folder, row["trial"], name).exists()]
         if not todo or isinstance(dataset, Missing):
             continue
-        split = dataset.load("test")
-        reference, index = ray.put(split), stratified_subset(split.labels, run.test_images)
+        limit = None if run.test_images is None else min(run.test_images, dataset.sizes["test"])
+        images = ray.put(dataset.load("test", stratified_subset(dataset.labels("test"), limit)))
         for row in todo:
             share = survivors[row["trial"]].share
             call = _remote(count_on_test, share)
-            pending[call.remote(payloads[row["trial"], name], reference, index, share)] = row
+            payload = ray.put(payload_path(folder, row["trial"], name).read_bytes())
+            pending[call.remote(payload, images, share)] = row
     for ref, row in _as_finished(pending):
         try:
             correct, n = ray.get(ref)
@@ -217,6 +225,11 @@ def test_survivors(
             yield {**row, "status": "failed", "error": one_line(error)}
             continue
         yield {**row, **_tested(survivors[row["trial"]], row, correct, n, run)}
+
+
+def payload_path(folder: Path, trial: int, dataset: str) -> Path:
+    """Where a survivor's weights on a dataset are kept between the two halves of Stage 2, and for good."""
+    return folder / f"trial_{trial:04d}-{dataset}.safetensors"
 
 
 def _remote(function: Callable[..., Any], share: Share) -> Any:
@@ -240,7 +253,15 @@ def _row(
     mode = "as trained" if dataset == STAGE1_DATASET else run.transfer
     empty = ("val_accuracy", "n_val", "val_tpe", "test_accuracy", "n_test", "ci_low", "ci_high", "tpe")
     row: dict[str, Any] = dict.fromkeys((*empty, *(f"tpe_{model}" for model in LAMBDA_MODELS), "seconds"))
-    return {"trial": survivor.trial, "dataset": dataset, "classes": classes, "mode": mode, "status": status, "error": error, **row}
+    return {
+        "trial": survivor.trial,
+        "dataset": dataset,
+        "classes": classes,
+        "mode": mode,
+        "status": status,
+        "error": error,
+        **row,
+    }
 
 
 def _validated(survivor: Survivor, figures: Mapping[str, Any], run: RunConfig, status: str) -> dict[str, Any]:
@@ -257,8 +278,3 @@ def _tested(survivor: Survivor, row: Mapping[str, Any], correct: int, n: int, ru
     scores = {model: tpe_score(accuracy, lam) for model, lam in survivor.lambdas().items()}
     tpes = {f"tpe_{model}": score for model, score in scores.items()}
     return {**figures, "status": row["status"], "tpe": scores[run.lambda_model], **tpes}
-
-
-def finite_or_none(value: float) -> float | None:
-    """NaN as null."""
-    return None if math.isnan(value) else value

@@ -78,9 +78,7 @@ def lambda_notes(conv_stem: str, embed_dim: int) -> float:
     return NOTES_LAMBDA * STEM_FACTOR[conv_stem] * width
 
 
-def lambda_theory(
-    lambda_model: str, *, conv_stem: str, embed_dim: int, nkat_parameters: int, parameters: int
-) -> float:
+def lambda_theory(lambda_model: str, *, conv_stem: str, embed_dim: int, nkat_parameters: int, parameters: int) -> float:
     """lambda under one of the three models of spec section 2.
 
     Args:

@@ -78,7 +78,7 @@ class JournalCallback(Callback):
             was_survivor = record.passed(self._gate)
             row = {key: result.get(key) for key in ROW_KEYS}
             name = result.get("checkpoint_dir_name")
-            path = f"{self._folder}/{trial.storage.trial_dir_name}/{name}" if name else None
+            path = f"{self._folder}/{trial.storage.trial_dir_name}/{name}" if name and trial.storage else None
             self._journal.write("result", trial=record.trial, row=row, checkpoint=path)
             self._listeners.on_result(record.trial, row)
             if record.passed(self._gate) and not was_survivor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ray.tune import Stopper
 
@@ -15,10 +15,10 @@ STOP_DETAIL = "stop_detail"
 class LocalTPEGate(Stopper):
     """Decides, result by result, which trial may go on (docs/spec.md section 6.1).
 
-    A ladder, first match wins: a score, accuracy or epoch that is missing or not finite stops the trial (`nan`); a trial
-    whose Local TPE has once reached the threshold is a survivor and exempt from the rest; in the smoke epoch itself the
-    accuracy must exceed `smoke_accuracy` (`smoke`); at the last epoch the trial stops (`gate`). A stop writes its reason
-    and one line of explanation into the result. Asking twice about one result gives the same answer.
+    A ladder, first match wins: a score, accuracy or epoch that is missing or not finite stops the trial (`nan`); a
+    trial whose Local TPE has once reached the threshold is a survivor and exempt from the rest; in the smoke epoch
+    itself the accuracy must exceed `smoke_accuracy` (`smoke`); at the last epoch the trial stops (`gate`). A stop
+    writes its reason and one line of explanation into the result. Asking twice about one result gives the same answer.
 
     Args:
         threshold: Local TPE to reach, 0 < threshold <= 1.
@@ -68,8 +68,8 @@ class LocalTPEGate(Stopper):
         return trial_id in self._passed
 
     def _decide(self, trial_id: str, result: Mapping[str, Any]) -> tuple[str, str] | None:
-        epoch, accuracy, score = (result.get(key) for key in (EPOCH, VAL_ACCURACY, LOCAL_TPE))
-        if not (_finite(epoch) and _finite(accuracy) and _finite(score)):
+        epoch, accuracy, score = result.get(EPOCH), result.get(VAL_ACCURACY), result.get(LOCAL_TPE)
+        if not _finite(epoch) or not _finite(accuracy) or not _finite(score):
             return "nan", f"epoch {epoch}: val_accuracy {accuracy}, local_tpe {score}: missing or not finite"
         best = result.get(BEST_LOCAL_TPE)
         if score >= self.threshold or (_finite(best) and best >= self.threshold):
@@ -79,7 +79,10 @@ class LocalTPEGate(Stopper):
         if epoch == self.smoke_epoch and not accuracy > self.smoke_accuracy:
             return "smoke", f"epoch {epoch}: accuracy {accuracy:.4f} does not exceed {self.smoke_accuracy}"
         if epoch >= self.max_epochs:
-            return "gate", f"epoch {epoch}: Local TPE {score:.4f} < gate {self.threshold}{self._missing(accuracy, score)}"
+            return (
+                "gate",
+                f"epoch {epoch}: Local TPE {score:.4f} < gate {self.threshold}{self._missing(accuracy, score)}",
+            )
         return None
 
     def _missing(self, accuracy: float, score: float) -> str:
@@ -89,5 +92,5 @@ class LocalTPEGate(Stopper):
         return f", accuracy {accuracy:.4f} misses {needed:.4f} by {needed - accuracy:.4f}"
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)

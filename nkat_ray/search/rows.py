@@ -73,4 +73,4 @@ def training_share(state: RunState) -> float | None:
     if at_work <= 0:
         return None
     trained = math.fsum(max(0.0, min(last, end) - max(first, start)) for start, end in epochs)
-    return trained / (state.slots * at_work)
+    return float(trained / (state.slots * at_work))

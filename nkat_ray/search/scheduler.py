@@ -1,4 +1,5 @@
-"""ASHA whose time is the trial's own epoch, and whose rungs a restart does not empty (Li et al. 2020, arXiv:1810.05934)."""
+"""ASHA whose time is the trial's own epoch, and whose rungs a restart does not empty (Li et al. 2020,
+arXiv:1810.05934)."""
 
 import math
 from collections.abc import Iterable
@@ -14,8 +15,8 @@ from nkat_ray.search.journal import TrialRecord
 class ResumableASHA(AsyncHyperBandScheduler):
     """Ray's ASHA, filled at its start with the results of the trials that an earlier driver saw.
 
-    Rungs are kept under the trial's number, which stays, not under Tune's trial id, which a new driver draws anew: a trial
-    that is continued is not judged a second time at a rung that it has passed.
+    Rungs are kept under the trial's number, which stays, not under Tune's trial id, which a new driver draws anew: a
+    trial that is continued is not judged a second time at a rung that it has passed.
 
     Args:
         max_t: last epoch, >= 1.

@@ -1,13 +1,13 @@
 """OptunaSearch that knows how a trial ended, and a study that a killed driver finds again.
 
-The study lives in Optuna's own journal file in the run's folder, so that optuna-dashboard opens it. What Optuna is told:
-COMPLETE for a trial that finished or passed the gate, PRUNED (with the values on the way) for one that ASHA or the gate
-stopped, FAIL for one whose score was not finite or that raised.
+The study lives in Optuna's own journal file in the run's folder, so that optuna-dashboard opens it. What Optuna is
+told: COMPLETE for a trial that finished or passed the gate, PRUNED (with the values on the way) for one that ASHA or
+the gate stopped, FAIL for one whose score was not finite or that raised.
 """
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -42,7 +42,8 @@ class GatedOptunaSearch(OptunaSearch):
     Args:
         space: parameter -> domain.
         folder: the run's local folder, for the study's file.
-        journal: the run's journal. Its unfinished trials are proposed first, with the checkpoints to continue from; those
+        journal: the run's journal. Its unfinished trials are proposed first, with the checkpoints to continue from;
+        those
             that ended but were not yet told to Optuna are told now.
         points: the first trials, in order; all parameters of the space.
         num_samples: trials in all, those of earlier drivers included.
@@ -65,10 +66,12 @@ class GatedOptunaSearch(OptunaSearch):
     ) -> None:
         self._journal, self._points, self._num_samples = journal, list(points), num_samples
         self._run_seed, self._gate, self._closed = run_seed, gate, closed
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the terminal is the run's own display
         # A resumed study goes on with other draws than the first ones: the seed follows from how far it is.
         sampler_seed = trial_seed(run_seed, 1_000_000 + len(journal.state.trials))
+        self._distributions = {name: distribution(domain) for name, domain in space.items()}
         super().__init__(
-            space={name: distribution(domain) for name, domain in space.items()},
+            space=self._distributions,
             metric=LOCAL_TPE,
             mode="max",
             sampler=optuna.samplers.TPESampler(seed=sampler_seed, multivariate=True, constant_liar=True),
@@ -82,8 +85,7 @@ class GatedOptunaSearch(OptunaSearch):
     @property
     def study(self) -> optuna.Study:
         """The Optuna study."""
-        study: optuna.Study = self._ot_study
-        return study
+        return cast(optuna.Study, self._ot_study)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher with every snapshot; nothing here is restored from one."""
@@ -92,7 +94,7 @@ class GatedOptunaSearch(OptunaSearch):
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the study's file and the journal are the state."""
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a string
         """The next trial: an unfinished one of an earlier driver, an enqueued point, or Optuna's proposal."""
         if self._unfinished:
             return self._continue(trial_id, self._unfinished.pop(0))
@@ -168,7 +170,7 @@ class GatedOptunaSearch(OptunaSearch):
         self.study.tell(trial, twin.value if state is TrialState.COMPLETE else None, state=state)
 
     def _ask_once(self) -> Trial:
-        return self.study.ask(fixed_distributions=self._space)
+        return self.study.ask(fixed_distributions=self._distributions)
 
     def _twin(self, trial: Trial) -> FrozenTrial | None:
         earlier = self.study.get_trials(deepcopy=False)[: trial.number]
@@ -183,4 +185,3 @@ class GatedOptunaSearch(OptunaSearch):
                 self.tell(record)
             elif record is None and not frozen.state.is_finished():
                 self.study.tell(frozen.number, state=TrialState.FAIL)
-

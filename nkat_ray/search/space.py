@@ -1,4 +1,5 @@
-"""The search space as Optuna distributions, and the two trials that every run begins with (docs/spec.md section 4, 5)."""
+"""The search space as Optuna distributions, and the two trials that every run begins with (docs/spec.md section 4,
+5)."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ray import tune
 from ray.actor import ActorHandle
 
 from nkat_ray.config import RunConfig
-from nkat_ray.metrics import LOCAL_TPE, VAL_ACCURACY, lambda_theory, tpe_score
+from nkat_ray.data.selection import Selection
+from nkat_ray.metrics import LOCAL_TPE, lambda_theory, tpe_score
 from nkat_ray.model import count_nkat_parameters, count_parameters, create_nkat_vit
 from nkat_ray.search.gate import BEST_LOCAL_TPE
 from nkat_ray.search.resources import CPU_MEMORY_FRACTION, cpu_micro_batch
@@ -31,10 +31,7 @@ class Stage1Data:
     """CIFAR-10's training images as every trial sees them: one copy a node, in the object store."""
 
     name: str
-    images: np.ndarray  # uint8 (N, C, H, W)
-    labels: np.ndarray  # int64 (N,)
-    train_index: np.ndarray
-    val_index: np.ndarray
+    selection: Selection
     num_classes: int
     grey: bool
     flip: bool
@@ -43,7 +40,8 @@ class Stage1Data:
 def device_for(gpus: float, cpus: int) -> torch.device:
     """Set this process up for its share of the machine and say where to compute.
 
-    Ray's GPU fraction is admission control only: the memory limit is set here. Ray may also count GPUs that are not there.
+    Ray's GPU fraction is admission control only: the memory limit is set here. Ray may also count GPUs that are not
+    there.
     """
     torch.set_num_threads(max(1, cpus))
     if gpus > 0 and torch.cuda.is_available():
@@ -64,8 +62,8 @@ def train_trial(
     """Train one trial, reporting every epoch, each report with a checkpoint.
 
     Args:
-        params: the proposed values, with `trial`, `seed`, and `resume_from` (checkpoints of an earlier driver, newest first).
-        run: the run's configuration.
+        params: the proposed values, with `trial`, `seed`, and `resume_from` (checkpoints of an earlier driver, newest
+        first). run: the run's configuration.
         data: CIFAR-10.
         vault: takes the weights of a trial that has passed the gate.
         deadline_s: time since 1970 after which the trial returns.
@@ -104,11 +102,12 @@ def _trainer(
 ) -> Trainer:
     config = trial_config(run, params)
     torch.manual_seed(params["seed"])  # the process served another trial before
-    train = ImageSet(data.images, data.labels, data.train_index, device)
+    images, labels = data.selection.images, data.selection.labels
+    train = ImageSet(images, labels, data.selection.train_index, device)
     mean, std = train.statistics()
     model = create_nkat_vit(config, num_classes=data.num_classes, grey=data.grey, mean=mean, std=std)
     return Trainer(
-        model, config, train=train, val=ImageSet(data.images, data.labels, data.val_index, device),
+        model, config, train=train, val=ImageSet(images, labels, data.selection.val_index, device),
         num_classes=data.num_classes, flip=data.flip, mean=mean, std=std, seed=params["seed"], device=device,
         notice=print, deadline_s=deadline_s,
     )  # fmt: skip
@@ -170,4 +169,3 @@ def _checkpoint(
 def memory_for_trial(node_memory_bytes: int, slots_a_node: int) -> int:
     """Memory that each of the trials on a node may plan with."""
     return int(node_memory_bytes * CPU_MEMORY_FRACTION / max(1, slots_a_node))
-

@@ -1,7 +1,7 @@
 """The checkpoint vault: survivors' weights in the Ray object store, outliving the trial that made them.
 
-`ray.put` inside a trial dies with the trial's process. The *value* therefore goes to this actor, which puts it itself and so
-owns it. It does not outlive the cluster: each weight is also in the trial's checkpoint on disk.
+`ray.put` inside a trial dies with the trial's process. The *value* therefore goes to this actor, which puts it itself
+and so owns it. It does not outlive the cluster: each weight is also in the trial's checkpoint on disk.
 """
 
 from typing import Any
@@ -36,7 +36,8 @@ class Vault:
 
 def open_vault(name: str) -> ActorHandle[Any]:
     """The run's vault, made at the first call."""
-    handle: ActorHandle[Any] = Vault.options(name=f"vault-{name}", namespace=NAMESPACE, get_if_exists=True).remote()
+    actor: Any = Vault  # ray.remote's stub does not know `options`
+    handle: ActorHandle[Any] = actor.options(name=f"vault-{name}", namespace=NAMESPACE, get_if_exists=True).remote()
     return handle
 
 
@@ -52,7 +53,7 @@ def deposit(vault: ActorHandle[Any], trial: int, score: float, payload: bytes) -
 def withdraw(vault: ActorHandle[Any], trial: int) -> "ray.ObjectRef[bytes] | None":
     """Reference to a trial's weights; None if the vault is gone or never had them."""
     try:
-        held = ray.get(vault.reference.remote(trial))
+        held: list[ray.ObjectRef[bytes]] = ray.get(vault.reference.remote(trial))
     except RayActorError:
         return None
     return held[0] if held else None

@@ -44,11 +44,12 @@ class Weights:
 
     def build(self) -> NKATVisionTransformer:
         """The network with these weights, on the CPU, in evaluation mode."""
-        model = create_nkat_vit(
+        model: NKATVisionTransformer = create_nkat_vit(
             self.config, num_classes=self.num_classes, grey=self.grey, mean=self.mean, std=self.std
         )
         model.load_state_dict(dict(self.tensors))
-        return model.eval()
+        model.eval()
+        return model
 
     def to_bytes(self) -> bytes:
         """Safetensors, with everything else as JSON in the header."""
@@ -76,7 +77,8 @@ class Weights:
 
 def config_from_json(fields: Mapping[str, Any]) -> TrialConfig:
     """A TrialConfig from JSON, which knows no tuples."""
-    return TrialConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+    return TrialConfig(**values)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -43,15 +43,14 @@ class ImageSet:
     """Some images of an array, ready to be cut into batches on a device.
 
     Args:
-        images: uint8 (N, C, H, W), C 1 or 3, H and W at most 32. On a CPU it is shared, never copied: several trials on a
+        images: uint8 (N, C, H, W), C 1 or 3, H and W at most 32. On a CPU it is shared, never copied: several trials
+        on a
             node may hold the same (read-only) array.
         labels: int64 (N,).
         index: which of them, int64 (n,); None for all.
     """
 
-    def __init__(
-        self, images: np.ndarray, labels: np.ndarray, index: np.ndarray | None, device: torch.device
-    ) -> None:
+    def __init__(self, images: np.ndarray, labels: np.ndarray, index: np.ndarray | None, device: torch.device) -> None:
         self.index = torch.arange(len(labels)) if index is None else torch.from_numpy(index.copy())
         self._images = _shared_tensor(images)
         self._on_device = device.type != "cpu"
@@ -69,11 +68,11 @@ class ImageSet:
 
     def statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """Mean and standard deviation of each channel, 0..1, repeated for grey images."""
-        total, square, count = 0.0, 0.0, 0
+        total, square, count = torch.zeros(()), torch.zeros(()), 0
         for rows in torch.arange(len(self)).split(5000):
             part = self._images[rows.to(self.labels.device) if self._on_device else self.index[rows]].double() / 255
-            total = total + reduce(part, "b c h w -> c", "sum")
-            square = square + reduce(part**2, "b c h w -> c", "sum")
+            total = total.to(part) + reduce(part, "b c h w -> c", "sum")
+            square = square.to(part) + reduce(part**2, "b c h w -> c", "sum")
             count += part.shape[0] * part.shape[2] * part.shape[3]
         mean = total / count
         std = (square / count - mean**2).clamp(min=1e-6).sqrt()  # constant images must not divide by zero
@@ -92,7 +91,8 @@ def _shared_tensor(array: np.ndarray) -> Tensor:
 
 
 def to_network_size(images: Tensor) -> Tensor:
-    """Pad (B, C, H, W) to 32x32, evenly on both sides, and repeat a grey channel three times (docs/spec.md section 3)."""
+    """Pad (B, C, H, W) to 32x32, evenly on both sides, and repeat a grey channel three times (docs/spec.md section
+    3)."""
     height, width = images.shape[-2:]
     top, left = (IMAGE_SIZE - height) // 2, (IMAGE_SIZE - width) // 2
     padded = F.pad(images, (left, IMAGE_SIZE - width - left, top, IMAGE_SIZE - height - top))
@@ -153,7 +153,8 @@ class Trainer:
         return self.model if self.ema is None else self.ema.module
 
     def epochs(self) -> Iterator[EpochResult]:
-        """Train to the last epoch. Ends early after a loss that is not finite, or at the deadline (without a result)."""
+        """Train to the last epoch. Ends early after a loss that is not finite, or at the deadline (without a
+        result)."""
         while self.epoch < self.config.epochs:
             started_s, clock = time.time(), time.perf_counter()
             loss = self._train_epoch()
@@ -228,13 +229,13 @@ class Trainer:
             except torch.OutOfMemoryError as error:
                 if self.micro_batch == 1:
                     raise torch.OutOfMemoryError(
-                        "one image does not fit into the device's memory; choose a smaller embed_dim or depth, a larger "
-                        "patch_size, or give the trial a larger share of the GPU (--gpus_per_trial)"
+                        "one image does not fit into the device's memory; choose a smaller embed_dim or depth, a "
+                        "larger patch_size, or give the trial a larger share of the GPU (--gpus_per_trial)"
                     ) from error
             self.micro_batch = (self.micro_batch + 1) // 2  # outside `except`: the traceback holds the tensors
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.notice(f"out of memory: the batch of {len(inputs)} is now computed {self.micro_batch} images at a time")
+            self.notice(f"out of memory: the batch of {len(inputs)} is now computed {self.micro_batch} at a time")
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), device=self.device)
@@ -243,7 +244,7 @@ class Trainer:
                 logits = self.model(part)
             loss = F.cross_entropy(logits.float(), wanted, label_smoothing=self.config.label_smoothing)
             loss = loss * (len(part) / len(inputs))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         return total
 

@@ -14,9 +14,10 @@ EMA_WARMUP_POWER = 3 / 4  # reaches .956 after 64 steps, .9993 after 15,600; tim
 
 def create_optimizer(model: nn.Module, config: TrialConfig) -> torch.optim.Optimizer:
     """AdamW; one-dimensional parameters, biases and what the model names in `no_weight_decay` are not decayed."""
-    return create_optimizer_v2(
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
         model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True, fused=True
     )
+    return optimizer
 
 
 def lr_at(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:

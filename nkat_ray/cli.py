@@ -1,0 +1,158 @@
+"""The command line: `nkat train | tune | evaluate | simulate | report | data`, and what tune_round2.py calls.
+
+Every flag comes from the configurations' own fields. Bad input ends with one line and exit code 2, before torch or Ray
+is loaded.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+
+from nkat_ray.config import SPACES, RunConfig, field_names
+
+BAD_INPUT, INTERRUPTED = 2, 130
+FREE_ON_RESUME = ("address", "data_dir", "dry_run", "resume", "verbose")  # may differ from the saved run
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _First:
+    """The flags that decide which defaults the others get."""
+
+    preset: str = "round2"
+    resume: bool = False
+    name: str | None = None
+    storage_path: str = "./runs"
+
+
+def tune(argv: Sequence[str]) -> int:
+    """Search: Stage 1, Stage 2, report. The program behind tune_round2.py and `nkat tune`."""
+    return _guarded(lambda: _tune(argv))
+
+
+def main() -> None:
+    """The console script `nkat`."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if argv else BAD_INPUT)
+    command = COMMANDS.get(argv[0])
+    if command is None:
+        _say_error(f"command is {argv[0]!r}; allowed: {', '.join(COMMANDS)}")
+        sys.exit(BAD_INPUT)
+    sys.exit(_guarded(lambda: command(argv[1:])))
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "usage: nkat COMMAND [flags]; `nkat COMMAND --help` shows the flags\n\n" + "\n".join(lines)
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """Run a command; bad input becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        return command()
+    except (ValueError, ConnectionError) as error:
+        _say_error(" ".join(str(error).split()))
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        _say_error("interrupted")
+        return INTERRUPTED
+
+
+def _say_error(text: str) -> None:
+    Console(stderr=True).print(f"error: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+def parse(config: Callable[..., T], argv: Sequence[str], *, prog: str, default: Any = None) -> T:
+    """The configuration from flags.
+
+    Raises:
+        ValueError: a flag that does not exist or a value that is not allowed, in one line.
+        SystemExit: --help was asked for.
+    """
+    said = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed: T = tyro.cli(config, args=list(argv), prog=prog, use_underscores=True, **extra)
+            return parsed
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        raise ValueError(_first_sentence(said.getvalue(), prog)) from None
+
+
+def _first_sentence(boxed: str, prog: str) -> str:
+    """tyro's boxed message as one line: what lies above its first rule, without the frame."""
+    lines = [re.sub(r"^[│\s]+|[│\s]+$", "", line) for line in boxed.splitlines()]
+    body: list[str] = []
+    for line in lines:
+        if not line or line[0] in "╭╰":
+            continue
+        if line[0] == "─":
+            break
+        body.append(line)
+    text = re.sub(r"^Error parsing [A-Za-z]*Config: ", "", " ".join(body))
+    return f"{text}; `{prog} --help` lists the flags" if body else "the command line could not be read"
+
+
+def typed_flags(argv: Sequence[str]) -> set[str]:
+    """Names of the flags that the user typed, in underscore spelling, `--no_` removed."""
+    names = {arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+    return names | {name.removeprefix("no_") for name in names}
+
+
+def _tune(argv: Sequence[str]) -> int:
+    """Search: Stage 1 on CIFAR-10, the gate, Stage 2 on four datasets, the report."""
+    first = _first_flags(argv)
+    if first.resume and not {"-h", "--help"} & set(argv):
+        return _resume(argv, first)
+    default = RunConfig.from_preset(first.preset)
+    run = parse(RunConfig, argv, prog="tune_round2.py", default=default)
+    fixed = typed_flags(argv) & set(SPACES[run.space])
+    if run.dry_run:
+        from nkat_ray.plan import print_plan
+
+        print_plan(run, fixed, Console())
+        return 0
+    from nkat_ray.run import start
+
+    return start(run, fixed, Console())
+
+
+def _first_flags(argv: Sequence[str]) -> _First:
+    """Read preset, resume, name and storage_path, whatever else is there."""
+    known = [arg for arg in argv if arg not in ("-h", "--help")]
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            first, _ = tyro.cli(_First, args=known, use_underscores=True, return_unknown_args=True)
+        except SystemExit:
+            first = _First()  # the full parser below says what is wrong
+    return first
+
+
+def _resume(argv: Sequence[str], first: _First) -> int:
+    from nkat_ray.run import resume, saved_config
+
+    if first.name is not None:
+        RunConfig.from_preset("quick", name=first.name)  # refuses a path instead of a name
+    saved, fixed = saved_config(first.storage_path, first.name)
+    run = parse(RunConfig, argv, prog="tune_round2.py", default=saved)
+    for name in field_names(RunConfig):
+        now, before = getattr(run, name), getattr(saved, name)
+        if name not in FREE_ON_RESUME and now != before:
+            advice = "leave the flag out, or start a new run"
+            raise ValueError(f"{name} is {now!r}; the run to resume has {before!r}; {advice}")
+    return resume(run, fixed, Console())
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"tune": _tune}

@@ -1,0 +1,103 @@
+"""Where a run computes: finding, starting and describing the Ray instance."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from nkat_ray.config import RunConfig
+from nkat_ray.search.resources import Cluster, cluster_of
+
+HEAD_MARKER = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves its configuration on the head under this name
+SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 this leaves the terminal to the run's own display
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run writes its own tables and event files
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is a KeyboardInterrupt in the driver: run.py ends it in order
+    "TUNE_GLOBAL_CHECKPOINT_S": "600",  # nobody reads Tune's snapshots: the journal is what a run continues from
+    "TUNE_WARN_THRESHOLD_S": "30",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` makes every worker install a copy of the project
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker without a GPU share sees no GPU
+}
+
+
+def choose_address(address: str | None) -> tuple[str, str]:
+    """The address to connect to, and one phrase for people on why.
+
+    In this order: what the user typed, $RAY_ADDRESS, the cluster whose head this machine is, a local instance.
+    """
+    if address is not None:
+        return address, f"Ray at {address} (--address)" if address != "local" else "a local Ray instance (--address)"
+    if os.environ.get("RAY_ADDRESS"):
+        return os.environ["RAY_ADDRESS"], f"Ray at {os.environ['RAY_ADDRESS']} ($RAY_ADDRESS)"
+    if HEAD_MARKER.expanduser().exists():
+        return "auto", "the cluster of this head node (made by `ray up`)"
+    return "local", "a local Ray instance of this run's own"
+
+
+@contextlib.contextmanager
+def connected(run: RunConfig) -> Iterator[str]:
+    """Connect to Ray, or start it, for the time of a run; yields the phrase for people.
+
+    An instance that this process is already connected to is used and left running.
+
+    Raises:
+        ConnectionError: there is no cluster at the address.
+    """
+    address, phrase = choose_address(run.address)
+    if ray.is_initialized():
+        yield "the Ray instance of this process"
+        return
+    os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
+    if not run.verbose:
+        for name in ("ray", "ray.tune", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    with _without_ray_address():
+        ray.init(
+            address=address,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=run.verbose,
+            logging_level=logging.INFO if run.verbose else logging.ERROR,
+            configure_logging=True,
+        )
+    try:
+        yield phrase
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_ray_address() -> Iterator[None]:
+    """An explicit `local` must not be overruled by the environment."""
+    saved = os.environ.pop("RAY_ADDRESS", None)
+    try:
+        yield
+    finally:
+        if saved is not None:
+            os.environ["RAY_ADDRESS"] = saved
+
+
+def describe_cluster() -> Cluster:
+    """What the connected Ray instance has; a GPU's memory is asked on a node that has one."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    gpu_bytes = ray.get(ray.remote(num_cpus=0, num_gpus=0.01)(_gpu_bytes).remote()) if gpus else None
+    return cluster_of(ray.nodes(), gpu_bytes=gpu_bytes)
+
+
+def _gpu_bytes() -> int | None:
+    import torch
+
+    return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None
+
+
+def nodes_without(path: Path) -> list[str]:
+    """Names of the nodes that do not see a file: a storage path that is not shared shows here."""
+    check = ray.remote(num_cpus=0)(os.path.exists)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    seen = ray.get([check.options(scheduling_strategy=s).remote(str(path)) for s in strategies])
+    return [node["NodeManagerHostname"] for node, found in zip(nodes, seen, strict=True) if not found]

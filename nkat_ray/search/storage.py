@@ -1,0 +1,150 @@
+"""A run's folder: local files, and their copy in a bucket where the storage path is one.
+
+Optuna's journal file, TensorBoard's event files and the run's own journal must be local. With a bucket as storage path
+they lie in a local folder that is copied up at snapshots and at the end, and fetched first by `--resume`.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+import pyarrow.fs
+from filelock import FileLock, Timeout
+
+LOCK_FILE = "driver.lock"
+CONFIG_FILE = "config.json"
+TUNE_FOLDER = "tune"
+
+
+@dataclass(frozen=True)
+class RunStorage:
+    """Where one run lives.
+
+    Attributes:
+        local: folder of the files that must be local.
+        remote: URI that mirrors it; None where the storage path is a folder.
+    """
+
+    local: Path
+    remote: str | None
+
+    @property
+    def tune_folder(self) -> str:
+        """Where Tune writes trials and checkpoints: every node must reach it."""
+        return f"{self.remote}/{TUNE_FOLDER}" if self.remote else str(self.local / TUNE_FOLDER)
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        if self.remote is None:
+            return self.local.exists() and any(p.name != LOCK_FILE for p in self.local.iterdir())
+        return bool(_info(f"{self.remote}/{CONFIG_FILE}").type == pyarrow.fs.FileType.File)
+
+    def push(self) -> None:
+        """Copy the local files up."""
+        if self.remote is not None:
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(self.remote)
+            filesystem.create_dir(path, recursive=True)
+            pyarrow.fs.copy_files(str(self.local), path, destination_filesystem=filesystem)
+
+    def pull(self) -> None:
+        """Fetch the mirrored files; Tune's own folder stays where it is."""
+        if self.remote is None:
+            return
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(self.remote)
+        for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True)):
+            inside = os.path.relpath(info.path, path)
+            if info.type == pyarrow.fs.FileType.File and Path(inside).parts[0] != TUNE_FOLDER:
+                (self.local / inside).parent.mkdir(parents=True, exist_ok=True)
+                pyarrow.fs.copy_files(info.path, str(self.local / inside), source_filesystem=filesystem)
+
+    def lock(self) -> FileLock:
+        """Hold the run's folder for this driver.
+
+        Raises:
+            RunHeld: another live driver holds it.
+        """
+        self.local.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.local / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunHeld(
+                f"{self.local} is held by another live driver; wait for it to end, or choose another --name"
+            ) from error
+        return lock
+
+
+class RunHeld(ValueError):
+    """Another live driver works on the run."""
+
+
+def run_storage(storage_path: str, name: str) -> RunStorage:
+    """Where the run called `name` lives."""
+    if is_uri(storage_path):
+        return RunStorage(
+            Path(platformdirs.user_cache_dir("nkat-ray")) / "runs" / name, f"{storage_path.rstrip('/')}/{name}"
+        )
+    return RunStorage((Path(storage_path).expanduser() / name).absolute(), None)
+
+
+def newest_run(storage_path: str) -> str | None:
+    """Name of the run that was begun last; None if there is none."""
+    if is_uri(storage_path):
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(storage_path)
+        infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True))
+        found = [(info.mtime, Path(info.path).parent.name) for info in infos if Path(info.path).name == CONFIG_FILE]
+        return max(found)[1] if found else None
+    runs = Path(storage_path).expanduser().glob(f"*/{CONFIG_FILE}")
+    newest = max(runs, key=lambda path: path.stat().st_mtime, default=None)
+    return newest.parent.name if newest else None
+
+
+def check_writable(storage_path: str) -> None:
+    """Refuse a storage path that cannot be written, before anything is.
+
+    Raises:
+        ValueError: says which path, and what to do.
+    """
+    if is_uri(storage_path):
+        try:
+            _info(storage_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"storage_path is {storage_path!r}; it cannot be reached ({error}); check URI and credentials"
+            ) from error
+        return
+    path = Path(storage_path).expanduser().absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"storage_path is {storage_path!r}; {existing} cannot be written; choose another --storage_path"
+        )
+    read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+    if read_only:
+        raise ValueError(
+            f"storage_path is {storage_path!r}; its file system is read-only; choose another --storage_path"
+        )
+
+
+def check_owner(folder: Path) -> None:
+    """Refuse the folder of another user: its files decide what this process loads.
+
+    Raises:
+        ValueError: it belongs to somebody else.
+    """
+    owner = folder.stat().st_uid
+    if owner != os.getuid():
+        raise ValueError(
+            f"{folder} belongs to user {owner}, not to you ({os.getuid()}); only your own runs are resumed"
+        )
+
+
+def is_uri(storage_path: str) -> bool:
+    """Whether the storage path is a bucket or another URI."""
+    return "://" in storage_path
+
+
+def _info(uri: str) -> pyarrow.fs.FileInfo:
+    filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
+    return filesystem.get_file_info(path)
