@@ -23,7 +23,7 @@ from nkat_ray.data.cache import Check, Memory
 from nkat_ray.data.dataset import SPLITS, DataError, Dataset, Labels, Reader, Split, SplitName
 from nkat_ray.data.digests import content_sha256, dataset_digest, file_sha256
 from nkat_ray.data.parquet import Header, pair_path, read_header, read_labels, read_split
-from nkat_ray.data.spec import KNOWN, claimed_release, identify
+from nkat_ray.data.spec import KNOWN, claimed_release, identify_content, identify_file
 
 SUMS = "SHA256SUMS"
 
@@ -119,16 +119,16 @@ def _check_file(name: str, split: SplitName, header: Header, sums: dict[str, str
 
 def _content(header: Header, sha256: str) -> tuple[str, bool]:
     """Digest of the decoded content and whether it is known; a known file need not be decoded."""
-    known = identify(file_sha256=sha256)
+    known = identify_file(sha256)
     if known is not None:
         return KNOWN[known[0]].release.contents[known[1]], True
     content = content_sha256(read_split(header))
-    return content, identify(content_sha256=content) is not None
+    return content, identify_content(content) is not None
 
 
 def _check_identity(name: str, split: SplitName, header: Header, check: Check) -> None:
     """Known content is where it belongs, and a claim to be a release is true (rules 3 and 4)."""
-    known = identify(content_sha256=check.content)
+    known = identify_content(check.content)
     if known is not None:
         same_split = known[1] == split
         if not same_split or (name in KNOWN and known[0] != name):

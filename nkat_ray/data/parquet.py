@@ -74,8 +74,8 @@ def read_header(path: Path) -> Header:
         DataError: unreadable, columns or metadata missing, or a value out of range.
     """
     with _readable(path):
-        schema = pq.read_schema(path)
-        rows = pq.read_metadata(path).num_rows
+        with pq.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
         metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     _check_columns(path, schema)
     if rows == 0:
@@ -134,6 +134,11 @@ def _class_names(path: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
     return names
 
 
+def _read_columns(path: Path, columns: list[str]) -> pa.Table:
+    with pq.ParquetFile(path) as file:  # not pq.read_table: it imports pyarrow.dataset, which takes a second or more
+        return file.read(columns=columns)
+
+
 def read_labels(header: Header) -> Labels:
     """All labels of a file, int64 (N,).
 
@@ -141,7 +146,7 @@ def read_labels(header: Header) -> Labels:
         DataError: unreadable, empty values, or a label outside the classes.
     """
     with _readable(header.path):
-        column = pq.read_table(header.path, columns=["label"])["label"]
+        column = _read_columns(header.path, ["label"])["label"]
     return _checked_labels(header, column)
 
 
@@ -164,7 +169,7 @@ def read_split(header: Header, rows: Labels | None = None) -> Split:
         DataError: unreadable, or an image that is not uint8 of the stated shape.
     """
     with _readable(header.path):
-        table = pq.read_table(header.path, columns=["image", "label"])
+        table = _read_columns(header.path, ["image", "label"])
         table = table if rows is None else table.take(pa.array(rows))
     if table["image"].null_count:
         raise DataError(f"{header.path}: {table['image'].null_count} images are empty; write it again")
@@ -252,7 +257,7 @@ def write_split(
     schema = pa.schema([("image", pa.binary()), ("label", pa.int64())], metadata=metadata)
     table = pa.table([images, pa.array(split.labels)], schema=schema)
     with atomic_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=20_000)
+        pq.write_table(table, temporary, compression="zstd", use_dictionary=False, row_group_size=20_000)
 
 
 def _encode(image: Images, encoding: str) -> bytes:

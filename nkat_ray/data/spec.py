@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from string import ascii_lowercase
-from typing import Final
+from typing import Final, Literal
 
 from nkat_ray.data.dataset import DataError, SplitName
 
@@ -139,13 +139,23 @@ OFFICIAL_IDX_MD5: Final[Mapping[str, Mapping[SplitName, tuple[str, str]]]] = {
     },
 }
 
-_BY_FILE = {sha: (name, split) for name, known in KNOWN.items() for split, sha in known.release.files.items()}
-_BY_CONTENT = {sha: (name, split) for name, known in KNOWN.items() for split, sha in known.release.contents.items()}
+
+def identify_file(sha256: str) -> tuple[str, SplitName] | None:
+    """Dataset and split whose known Parquet file has this SHA-256, or None."""
+    return _find(sha256, "files")
 
 
-def identify(*, file_sha256: str | None = None, content_sha256: str | None = None) -> tuple[str, SplitName] | None:
-    """Dataset and split whose known Parquet file or decoded content has this SHA-256, or None."""
-    return _BY_FILE.get(file_sha256 or "") or _BY_CONTENT.get(content_sha256 or "")
+def identify_content(sha256: str) -> tuple[str, SplitName] | None:
+    """Dataset and split whose known decoded content has this SHA-256, or None."""
+    return _find(sha256, "contents")
+
+
+def _find(sha256: str, digests: Literal["files", "contents"]) -> tuple[str, SplitName] | None:
+    for name, known in KNOWN.items():
+        for split, digest in getattr(known.release, digests).items():
+            if digest == sha256:
+                return name, split
+    return None
 
 
 def claimed_release(source: str, rows: int, split: SplitName) -> str | None:

@@ -1,7 +1,7 @@
 """Torchvision's own download, into a temporary folder.
 
-Importing torchvision loads torch, which takes many seconds; so the addresses are first read from its source text, and it
-is imported only when a host has answered.
+Importing torchvision loads torch, which takes many seconds; so the addresses are first read from its source text, and
+it is imported only when a host has answered.
 """
 
 import ast
