@@ -1,0 +1,212 @@
+import dataclasses
+import hashlib
+import os
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from nkat_ray.data import DataError, folder, spec
+from nkat_ray.data.cache import Memory
+from nkat_ray.data.digests import content_sha256, dataset_digest
+from nkat_ray.data.folder import open_folder
+from nkat_ray.data.parquet import read_header, read_split
+
+
+@pytest.fixture
+def memory(own_cache):
+    return Memory(own_cache)
+
+
+def sums(place, *names):
+    lines = [f"{hashlib.sha256((place / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (place / "SHA256SUMS").write_text("".join(lines))
+
+
+def known_release(monkeypatch, place, name, source):
+    """Make the pair in `place` the known release of `name`."""
+    contents, sizes = {}, {}
+    for split in ("train", "test"):
+        decoded = read_split(read_header(place / f"{name}-{split}.parquet"))
+        contents[split], sizes[split] = content_sha256(decoded), len(decoded)
+    release = spec.Release(sources=(source,), sizes=sizes, files={}, contents=contents)
+    monkeypatch.setitem(spec.KNOWN, name, dataclasses.replace(spec.KNOWN[name], release=release))
+
+
+def rewrite(path, change):
+    """Write a file again with some columns or rows changed, its metadata kept."""
+    table = pq.read_table(path)
+    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
+
+
+def test_own_data_is_used_and_unverified(tmp_path, write_pair, memory):
+    place = write_pair(tmp_path / "own", "pets")
+    found = open_folder("pets", place, memory)
+    assert (found.classes, found.class_names, found.grey, found.flip) == (2, ("cat", "dog"), False, True)
+    assert (found.verified, found.sizes) == (False, {"train": 20, "test": 10})
+    assert found.source.endswith("(a test), unverified")
+    assert len(found.load("train")) == 20
+    np.testing.assert_array_equal(found.labels("test"), found.load("test").labels)
+    expected = [content_sha256(found.load(split)) for split in ("train", "test")]
+    assert found.digest == dataset_digest(*expected)
+
+
+def test_absent(tmp_path, write_pair, memory):
+    assert open_folder("pets", write_pair(tmp_path / "own", "plants"), memory) is None
+    (tmp_path / "empty").mkdir()
+    assert open_folder("cifar10", tmp_path / "empty", memory) is None
+
+
+def test_no_folder(tmp_path, memory):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "nothing", tmp_path / "file"):
+        with pytest.raises(DataError, match="does not exist or is no folder"):
+            open_folder("cifar10", place, memory)
+
+
+@pytest.mark.parametrize("gone", ["train", "test"])
+def test_half_a_pair(tmp_path, write_pair, memory, gone):
+    place = write_pair(tmp_path / "own", "pets")
+    (place / f"pets-{gone}.parquet").unlink()
+    with pytest.raises(DataError, match=rf"but not pets-{gone}\.parquet"):
+        open_folder("pets", place, memory)
+
+
+def test_train_and_test_must_agree(tmp_path, write_pair, write_file, memory):
+    place = write_pair(tmp_path / "own", "pets")
+    write_file(place / "pets-test.parquet", metadata={"classes": "dog,cat"})
+    with pytest.raises(DataError, match="differ in class_names"):
+        open_folder("pets", place, memory)
+
+
+def test_test_images_as_training_images(tmp_path, write_pair, memory):
+    place = write_pair(tmp_path / "own", "pets")
+    shutil.copy(place / "pets-test.parquet", place / "pets-train.parquet")
+    with pytest.raises(DataError, match="train and test hold the same images"):
+        open_folder("pets", place, memory)
+
+
+def test_a_known_name_has_its_own_colour_and_flip_rule(tmp_path, write_pair, memory):
+    with pytest.raises(DataError, match="has 3 channels; mnist has 1"):
+        open_folder("mnist", write_pair(tmp_path / "own", "mnist"), memory)
+    digits = write_pair(tmp_path / "digits", "mnist", shape="8,8", metadata={"flip": "true"})
+    assert not open_folder("mnist", digits, memory).flip
+
+
+def test_sums(tmp_path, write_pair, memory):
+    place = write_pair(tmp_path / "own", "pets")
+    sums(place, "pets-train.parquet")
+    assert not open_folder("pets", place, memory).verified  # only one of the two is listed
+    sums(place, "pets-train.parquet", "pets-test.parquet")
+    found = open_folder("pets", place, memory)
+    assert found.verified
+    assert "unverified" not in found.source
+    listed = (place / "SHA256SUMS").read_text()
+    (place / "SHA256SUMS").write_text(listed[:-70] + "0" * 8 + listed[-62:])
+    with pytest.raises(DataError, match="has SHA-256 .* SHA256SUMS expects 0{8}|SHA256SUMS expects"):
+        open_folder("pets", place, memory)
+    (place / "SHA256SUMS").write_text("nonsense\n")
+    with pytest.raises(DataError, match="SHA256SUMS cannot be read"):
+        open_folder("pets", place, memory)
+
+
+def test_known_content_is_verified_in_any_encoding(tmp_path, write_pair, memory, monkeypatch):
+    place = write_pair(tmp_path / "own", "cifar10", metadata={"source": "the release"})
+    known_release(monkeypatch, place, "cifar10", "the release")
+    found = open_folder("cifar10", place, memory)
+    assert found.verified
+    assert "unverified" not in found.source
+
+
+def test_a_false_claim_is_a_wrong_digest(tmp_path, write_pair, memory, monkeypatch):
+    place = write_pair(tmp_path / "own", "cifar10", metadata={"source": "the release"})
+    known_release(monkeypatch, place, "cifar10", "the release")
+    path = place / "cifar10-train.parquet"
+    rewrite(path, lambda table: table.set_column(1, "label", table["label"].take(list(range(19, -1, -1)))))
+    with pytest.raises(DataError) as caught:
+        open_folder("cifar10", place, memory)
+    found = content_sha256(read_split(read_header(path)))
+    assert f"sha256:{found}" in str(caught.value)
+    assert f"expected sha256:{spec.KNOWN['cifar10'].release.contents['train']}" in str(caught.value)
+
+
+def test_a_subset_of_a_release_and_an_own_source_are_unverified(tmp_path, write_pair, memory, monkeypatch):
+    place = write_pair(tmp_path / "own", "cifar10", metadata={"source": "the release"})
+    known_release(monkeypatch, place, "cifar10", "the release")
+    rewrite(place / "cifar10-train.parquet", lambda table: table.slice(0, 15))
+    found = open_folder("cifar10", place, memory)
+    assert (found.verified, found.sizes["train"]) == (False, 15)
+    other = write_pair(tmp_path / "other", "cifar10", seed=9, metadata={"source": "my own conversion"})
+    rewrite(other / "cifar10-test.parquet", lambda table: table.slice(0, 5))
+    assert not open_folder("cifar10", other, memory).verified
+
+
+def test_known_content_in_the_wrong_place(tmp_path, write_pair, memory, monkeypatch):
+    place = write_pair(tmp_path / "own", "mnist", shape="8,8", metadata={"source": "the release"})
+    known_release(monkeypatch, place, "mnist", "the release")
+    swapped = write_pair(tmp_path / "swapped", "mnist", shape="8,8")
+    shutil.copy(place / "mnist-test.parquet", swapped / "mnist-train.parquet")
+    with pytest.raises(DataError, match="holds mnist's test images; put mnist's train images there"):
+        open_folder("mnist", swapped, memory)
+    renamed = write_pair(tmp_path / "renamed", "fashion_mnist", shape="8,8")
+    shutil.copy(place / "mnist-train.parquet", renamed / "fashion_mnist-train.parquet")
+    with pytest.raises(DataError, match="holds mnist's train images"):
+        open_folder("fashion_mnist", renamed, memory)
+    for split in ("train", "test"):
+        shutil.copy(place / f"mnist-{split}.parquet", renamed / f"mine-{split}.parquet")
+    assert open_folder("mine", renamed, memory).verified  # under a name of one's own it may be anything
+
+
+def test_checks_are_remembered_until_the_file_changes(tmp_path, write_pair, write_file, memory, monkeypatch):
+    place = write_pair(tmp_path / "own", "pets")
+    first = open_folder("pets", place, memory)
+    decoded = []
+    monkeypatch.setattr(folder, "read_split", lambda header: decoded.append(header.path.name) or read_split(header))
+    assert open_folder("pets", place, memory) == first
+    assert decoded == []
+    path = write_file(place / "pets-test.parquet", n=10, seed=5)
+    os.utime(path, ns=(1, 1))
+    assert open_folder("pets", place, memory) != first
+    assert decoded == ["pets-test.parquet"]
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "emnist_letters", "cifar10"])
+def test_the_real_files_are_known_without_decoding(real_dir, memory, monkeypatch, name):
+    monkeypatch.setattr(folder, "read_split", None)
+    found = open_folder(name, real_dir, memory)
+    assert found.verified
+    assert found.sizes == dict(spec.KNOWN[name].release.sizes)
+    assert found.flip == (name in ("cifar10", "fashion_mnist"))
+    assert found.classes == (12 if name == "emnist_letters" else 10)
+
+
+def test_a_real_file_with_one_label_changed(real_dir, tmp_path, memory):
+    for split in ("train", "test"):
+        shutil.copy(real_dir / f"emnist_letters-{split}.parquet", tmp_path)
+
+    def change(table):
+        labels = table["label"].to_numpy().copy()
+        labels[100] = (labels[100] + 1) % 12
+        return table.set_column(1, "label", [labels])
+
+    rewrite(tmp_path / "emnist_letters-train.parquet", change)
+    with pytest.raises(DataError, match=r"claims to be emnist_letters .* expected sha256:c7588b5c"):
+        open_folder("emnist_letters", tmp_path, memory)
+
+
+def test_a_real_file_cut_short(real_dir, tmp_path, memory):
+    for split in ("train", "test"):
+        data = (real_dir / f"mnist-{split}.parquet").read_bytes()
+        (tmp_path / f"mnist-{split}.parquet").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match="cut short"):
+        open_folder("mnist", tmp_path, memory)
+
+
+def test_a_real_file_with_bytes_overwritten(real_dir, tmp_path, memory):
+    for split in ("train", "test"):
+        data = bytearray((real_dir / f"emnist_letters-{split}.parquet").read_bytes())
+        data[50_000:50_100] = bytes(100)
+        (tmp_path / f"emnist_letters-{split}.parquet").write_bytes(data)
+    with pytest.raises(DataError):
+        open_folder("emnist_letters", tmp_path, memory)
