@@ -53,6 +53,8 @@ class ScoreLine:
     now: float
     target: float
     interval: tuple[float, float] | None
+    counted: int
+    """Datasets behind `now`; with fewer than all of them nothing is met, so that losing the worst is no gain."""
 
     @property
     def gap(self) -> float:
@@ -60,9 +62,11 @@ class ScoreLine:
         return self.now - self.target
 
     @property
-    def met(self) -> bool:
-        """Whether now has reached the target; NaN has not."""
-        return self.now >= self.target
+    def state(self) -> Literal["met", "missed", "open"]:
+        """Whether now has reached the target; open without a figure or with fewer than four datasets."""
+        if math.isnan(self.now) or self.counted < len(STAGE2_DATASETS):
+            return "open"
+        return "met" if self.now >= self.target else "missed"
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,7 @@ def scorecard(rows: Rows, trial: int | None) -> list[ScoreLine]:
             now=getattr(scores, metric),
             target=GLOBAL_TARGETS[metric],
             interval=interval if metric == "global_tpe" else None,
+            counted=datasets_counted(rows, trial),
         )
         for metric in METRIC_NAMES
     ]

@@ -71,9 +71,9 @@ def _score_table(stage2: Sequence[Mapping[str, Any]], winner: int) -> Table:
     for name in ("before", "now", "target", "gap"):
         table.add_column(name, justify="right")
     for line in results.scorecard(stage2, winner):
-        gap = "-" if math.isnan(line.now) else f"{line.gap:+.3f}{' met' if line.met else ''}"
+        gap = "-" if math.isnan(line.now) else f"{line.gap:+.3f}{' met' if line.state == 'met' else ''}"
         now = number(line.now) + (f" [{line.interval[0]:.3f}, {line.interval[1]:.3f}]" if line.interval else "")
-        style = "" if math.isnan(line.now) else "green" if line.met else "red"
+        style = {"met": "green", "missed": "red", "open": "yellow"}[line.state]
         name = results.METRIC_NAMES[line.metric]
         if line.metric != "robustness":
             name += f" ({counted} of {len(STAGE2_DATASETS)})"
