@@ -1,4 +1,4 @@
-"""Cost of a training step of NKAT-ViT against timm's plain VisionTransformer with the same stem, width, depth and tokens.
+"""Cost of a training step: NKAT-ViT against timm's plain VisionTransformer, same stem, width, depth and tokens.
 
 Forward, loss and backward; runs of the contenders are interleaved, medians of the times are compared. Targets: at most
 1.2 times plain at 16 tokens, 1.35 at 64 and 256. The second table is the extra cost of Split-Head Attention (the notes

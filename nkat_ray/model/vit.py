@@ -124,7 +124,7 @@ class NKATVisionTransformer(VisionTransformer):
             class_token=False,
             pos_drop_rate=config.dropout_embed,
             embed_layer=partial(NKATEmbed, config=config, grey=grey),
-            block_fn=partial(NKATBlock, config=config),  # type: ignore[arg-type]  # timm only calls it
+            block_fn=partial(NKATBlock, config=config),
         )
         self.config = config
         self._model_args = {**asdict(config), "grey": grey}  # what timm writes into config.json
