@@ -54,8 +54,8 @@ class Run:
     def known(self) -> dict[str, Any]:
         """The summary, or what is known of it before it is written."""
         data = {"all": {"source": "synthetic"}} if self.config.get("data") == "synthetic" else {}
-        start = {"gate": self.gate, "preset": self.config.get("preset"), "winner": None, "exit_code": None, "data": data}
-        return {**start, **self.summary}
+        start = {"gate": self.gate, "preset": self.config.get("preset"), "data": data}
+        return {"winner": None, "exit_code": None, **start, **self.summary}
 
     @property
     def winner(self) -> int | None:
@@ -285,7 +285,7 @@ def _trial_table(run: Run) -> str:
         for row in run.trials
     ]
     body = table(header, rows, numeric=(0, 2, 3, 4, 5))
-    return f"<details class="printed"><summary>All {len(rows)} trials as a table</summary>{body}</details>"
+    return f'<details class="printed"><summary>All {len(rows)} trials as a table</summary>{body}</details>'
 
 
 def _value(value: Any) -> str:
