@@ -10,12 +10,13 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import tyro
 from rich.console import Console
 
-from nkat_ray.config import SPACES, RunConfig, field_names
+from nkat_ray.config import SPACES, RunConfig, TrainConfig, field_names
 
 BAD_INPUT, INTERRUPTED = 2, 130
 FREE_ON_RESUME = ("address", "data_dir", "dry_run", "resume", "verbose")  # may differ from the saved run
@@ -31,6 +32,13 @@ class _First:
     resume: bool = False
     name: str | None = None
     storage_path: str = "./runs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _FirstOfTraining:
+    """The flag that says which training to resume."""
+
+    out: Path | None = None
 
 
 def tune(argv: Sequence[str]) -> int:
@@ -120,7 +128,7 @@ def _tune(argv: Sequence[str]) -> int:
     run = parse(RunConfig, argv, prog="tune_round2.py", default=default)
     fixed = typed_flags(argv) & set(SPACES[run.space])
     if run.dry_run:
-        from nkat_ray.plan import print_plan
+        from nkat_ray.commands.plan import print_plan
 
         print_plan(run, fixed, Console())
         return 0
@@ -147,12 +155,79 @@ def _resume(argv: Sequence[str], first: _First) -> int:
         RunConfig.from_preset("quick", name=first.name)  # refuses a path instead of a name
     saved, fixed = saved_config(first.storage_path, first.name)
     run = parse(RunConfig, argv, prog="tune_round2.py", default=saved)
-    for name in field_names(RunConfig):
-        now, before = getattr(run, name), getattr(saved, name)
-        if name not in FREE_ON_RESUME and now != before:
-            advice = "leave the flag out, or start a new run"
-            raise ValueError(f"{name} is {now!r}; the run to resume has {before!r}; {advice}")
+    _refuse_disagreement(run, saved)
     return resume(run, fixed, Console())
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"tune": _tune}
+def _train(argv: Sequence[str]) -> int:
+    """Train one configuration on one dataset."""
+    from nkat_ray.commands.train import saved_training, train
+
+    if "resume" not in typed_flags(argv) or {"-h", "--help"} & set(argv):
+        return train(parse(TrainConfig, argv, prog="nkat train"), Console())
+    known = [arg for arg in argv if arg not in ("-h", "--help")]
+    first, _ = tyro.cli(_FirstOfTraining, args=known, use_underscores=True, return_unknown_args=True)
+    saved = saved_training(first.out)
+    config = parse(TrainConfig, argv, prog="nkat train", default=saved)
+    _refuse_disagreement(config, saved)
+    return train(config, Console())
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    """Stage 2 alone, on a run's survivors or on one model."""
+    from nkat_ray.commands.evaluate import EvaluateConfig, evaluate
+
+    return evaluate(parse(EvaluateConfig, argv, prog="nkat evaluate"), Console())
+
+
+def _simulate(argv: Sequence[str]) -> int:
+    """What the targets ask for under each lambda, and where the notes contradict themselves."""
+    from nkat_ray.commands.simulate import SimulateConfig, simulate
+
+    simulate(parse(SimulateConfig, _split_assignments(argv), prog="nkat simulate"), Console())
+    return 0
+
+
+def _report(argv: Sequence[str]) -> int:
+    """The report of a run again, or several runs side by side."""
+    from nkat_ray.commands.report import ReportConfig, report
+
+    return report(parse(ReportConfig, argv, prog="nkat report"), Console())
+
+
+def _data(argv: Sequence[str]) -> int:
+    """List, fetch, verify and import datasets."""
+    from nkat_ray.commands.data import Command, data
+
+    return data(parse(cast(Any, Command), argv or ["list"], prog="nkat data"), Console())
+
+
+def _split_assignments(argv: Sequence[str]) -> list[str]:
+    """`mnist=0.99` as the two words that tyro reads into a dict."""
+    split: list[str] = []
+    for arg in argv:
+        split += arg.split("=", 1) if "=" in arg and not arg.startswith("-") else [arg]
+    return split
+
+
+def _refuse_disagreement(now: Any, saved: Any) -> None:
+    """A run goes on as it began.
+
+    Raises:
+        ValueError: a typed flag differs from what was saved.
+    """
+    for name in field_names(type(saved)):
+        typed, before = getattr(now, name), getattr(saved, name)
+        if name not in FREE_ON_RESUME and typed != before:
+            advice = "leave the flag out, or start anew"
+            raise ValueError(f"{name} is {typed!r}; what is to be resumed has {before!r}; {advice}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "tune": _tune,
+    "train": _train,
+    "evaluate": _evaluate,
+    "simulate": _simulate,
+    "report": _report,
+    "data": _data,
+}

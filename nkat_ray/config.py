@@ -254,10 +254,10 @@ class TrainConfig(TrialConfig, DataConfig):
     """Dataset to train on: cifar10, mnist, fashion_mnist, emnist_letters, or the name of a Parquet pair in data_dir."""
     seed: int = 0
     """Seed of the weights, the order of images and the augmentation, 0..2^32 - 1."""
-    out: Path = Path("runs/train")
-    """Folder for checkpoints, TensorBoard events and the final model."""
+    out: Path | None = None
+    """Folder for checkpoints, TensorBoard events and the final model. Default: runs/train-<dataset>-<UTC time>."""
     resume: bool = False
-    """Continue from the last whole checkpoint in `out`."""
+    """Continue from the last whole checkpoint in `out` (without `out`: of the newest training)."""
     smoke: bool = False
     """The ten-epoch rule: train 10 epochs, print GO above 45 % validation accuracy, else NO-GO and exit code 4."""
     lambda_model: LambdaModel = "notes"

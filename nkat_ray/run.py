@@ -13,7 +13,7 @@ import platform
 import signal
 import time
 import traceback
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from nkat_ray.data import Dataset, Missing, open_dataset, split_validation
 from nkat_ray.data.selection import select_images, training_limits
 from nkat_ray.metrics import GLOBAL_TARGETS
 from nkat_ray.report import results, tables
+from nkat_ray.report.html import write_report
 from nkat_ray.report.tensorboard import TensorBoardLog
 from nkat_ray.report.terminal import Progress, final_report
 from nkat_ray.search.callbacks import Listeners
@@ -198,8 +199,8 @@ def _refuse_other_data(storage: RunStorage, datasets: Mapping[str, Dataset | Mis
     for name, now in describe_data(datasets).items():
         if now["digest"] != before[name]["digest"]:
             raise UsageError(
-                f"{name} is not the data that this run began with ({now['digest']} instead of
-                {before[name]['digest']}); " "give the --data_dir of before"
+                f"{name} has digest {now['digest']}; this run began with {before[name]['digest']}; "
+                "give the --data_dir of before"
             )
 
 
@@ -260,8 +261,8 @@ def _stages(run: _Run) -> int:
     with connected(config) as where:
         if run.storage.remote is None and (blind := nodes_without(run.storage.local / CONFIG_FILE)):
             raise UsageError(
-                f"storage_path is {config.storage_path!r}; node {blind[0]} does not see it; with several nodes give a
-                shared " "folder or a bucket URI"
+                f"storage_path is {config.storage_path!r}; node {blind[0]} does not see it; "
+                "with several nodes give a shared folder or a bucket URI"
             )
         cluster = describe_cluster()
         vault = open_vault(str(config.name))
@@ -321,32 +322,57 @@ def stage1_data(config: RunConfig, datasets: Mapping[str, Dataset | Missing]) ->
 
 
 def _stage2(run: _Run, progress: Progress, *, cluster: Any, vault: Any) -> int:
-    from nkat_ray.evaluate import payload_path, test_survivors, validate_survivors
-
     config, state = run.config, run.journal.state
-    survivors = {trial: survivor_of(state.trials[trial], config, cluster) for trial in state.survivors(config.gate)}
-    folder = run.storage.local / "stage2"
-    folder.mkdir(exist_ok=True)
-    progress.stage2_start(2 * len(survivors) * len(run.datasets) - len(state.stage2) - len(state.tested))
-    validated = validate_survivors(
-        list(survivors.values()), run.datasets, run=config, vault=vault, done=state.stage2, notice=progress.notice
-    )
-    for row, payload in validated:
-        if payload is not None:
-            _write(payload_path(folder, row["trial"], row["dataset"]), payload)
-        run.journal.write("stage2", row=row)
-        progress.stage2_done(row["trial"], row["dataset"], row)
-    order = results.rank(state.stage2.values(), {t: s.lambdas()[config.lambda_model] for t, s in survivors.items()})
-    run.journal.write("ranked", order=order)  # before any test image is read
-    untested = [row for key, row in state.stage2.items() if key not in state.tested]
-    for row in test_survivors(untested, folder, survivors, run.datasets, run=config):
-        run.journal.write("tested", row=row)
-        progress.stage2_done(row["trial"], row["dataset"], row)
-    save_best(run.storage.local, payload_path(folder, order[0], STAGE1_DATASET))
-    winner_counts = results.datasets_counted(state.tested.values(), order[0])
-    if winner_counts == 0:
+    survivors = [survivor_of(state.trials[trial], config, cluster) for trial in state.survivors(config.gate)]
+    best = evaluate_survivors(
+        survivors, run.datasets, config=config, vault=vault, journal=run.journal, folder=run.storage.local,
+        progress=progress, notice=progress.notice,
+    )  # fmt: skip
+    if results.datasets_counted(state.tested.values(), best) == 0:
         raise RuntimeError("Stage 2 ended without a single dataset that counts; stage2.parquet has each one's error")
     return SURVIVED
+
+
+def evaluate_survivors(
+    survivors: Sequence[Any],
+    datasets: Mapping[str, Dataset | Missing],
+    *,
+    config: RunConfig,
+    vault: Any,
+    journal: Journal,
+    folder: Path,
+    progress: Progress,
+    notice: Callable[[str], None],
+) -> int:
+    """Stage 2 from the survivors to the winner; rows go into the journal, weights below `folder`. Returns the winner.
+
+    The ranking is fixed, by validation scores, before any test image is read.
+    """
+    from nkat_ray.evaluate import payload_path, test_survivors, validate_survivors
+    from nkat_ray.train.checkpoint import Weights, write_atomically
+    from nkat_ray.train.transfer import save_weights
+
+    state = journal.state
+    moved = folder / "stage2"
+    moved.mkdir(exist_ok=True)
+    progress.stage2_start(2 * len(survivors) * len(datasets) - len(state.stage2) - len(state.tested))
+    validated = validate_survivors(survivors, datasets, run=config, vault=vault, done=state.stage2, notice=notice)
+    for row, payload in validated:
+        if payload is not None:
+            write_atomically(payload_path(moved, row["trial"], row["dataset"]), payload)
+        journal.write("stage2", row=row)
+        progress.stage2_done(row["trial"], row["dataset"], row)
+    lambdas = {survivor.trial: survivor.lambdas()[config.lambda_model] for survivor in survivors}
+    order = results.rank(state.stage2.values(), lambdas)
+    journal.write("ranked", order=order)
+    untested = [row for key, row in state.stage2.items() if key not in state.tested]
+    by_trial = {survivor.trial: survivor for survivor in survivors}
+    for row in test_survivors(untested, moved, by_trial, datasets, run=config):
+        journal.write("tested", row=row)
+        progress.stage2_done(row["trial"], row["dataset"], row)
+    payload = payload_path(moved, order[0], STAGE1_DATASET).read_bytes()
+    save_weights(Weights.from_bytes(payload), payload, folder / "best")
+    return order[0]
 
 
 def survivor_of(record: TrialRecord, config: RunConfig, cluster: Any) -> Any:
@@ -361,16 +387,6 @@ def survivor_of(record: TrialRecord, config: RunConfig, cluster: Any) -> Any:
         nkat_parameters=last["nkat_parameters"], parameters=last["parameters"],
         share=trial_share(trial, config, cluster),
     )  # fmt: skip
-
-
-def save_best(folder: Path, weights: Path) -> None:
-    """Write `best/`: the winner as timm reads it (`local-dir:`), with the recipe beside it for `nkat evaluate`."""
-    from nkat_ray.model import save_pretrained
-    from nkat_ray.train.checkpoint import Weights
-
-    payload = weights.read_bytes()
-    save_pretrained(Weights.from_bytes(payload).build(), folder / "best")
-    _write(folder / "best" / "weights.safetensors", payload)
 
 
 def _snapshot(run: _Run, *, force: bool = False) -> None:
@@ -407,11 +423,12 @@ def _finish(run: _Run, code: int) -> None:
         folder, state = run.storage.local, run.journal.state
         _snapshot(run, force=True)
         rows = stage2_rows(state)
-        summary = summarise(run.config, state, run.datasets, code)
+        summary = summarise(run.config, state, describe_data(run.datasets), code)
         tables.write_summary(folder / "summary.json", summary)
         if rows:
             run.board.stage2(summary, trial_rows(state, run.config), rows, curve_rows(state.trials.values()))
         run.board.close()
+        write_report(folder)
         run.journal.close()
         run.storage.push()
         print_report(folder, run.console)
@@ -426,10 +443,8 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def summarise(
-    config: RunConfig, state: RunState, datasets: Mapping[str, Dataset | Missing], code: int
-) -> dict[str, Any]:
-    """summary.json (docs/spec.md section 8)."""
+def summarise(config: RunConfig, state: RunState, data: Mapping[str, Any], code: int | None) -> dict[str, Any]:
+    """summary.json (docs/spec.md section 8); `data` is `describe_data`'s, a code of None means that the run goes on."""
     trials, rows = trial_rows(state, config), stage2_rows(state)
     survivors = state.survivors(config.gate)
     lambdas = {row["trial"]: row["lambda_theory"] for row in trials if row["trial"] in survivors}
@@ -443,7 +458,7 @@ def summarise(
         "lambda_model": config.lambda_model,
         "space": config.space,
         "seed": config.seed,
-        "data": describe_data(datasets),
+        "data": data,
         "n_trials": len(trials),
         "stop_reasons": results.stop_counts(trials),
         "survivors": survivors,
@@ -497,9 +512,3 @@ def print_report(folder: Path, console: Console) -> None:
         tables.read_summary(folder / "summary.json"), tables.read_trials(folder / "trials.parquet"),
         tables.read_stage2(folder / "stage2.parquet"), console, folder=folder,
     )  # fmt: skip
-
-
-def _write(path: Path, data: bytes) -> None:
-    from nkat_ray.train.checkpoint import write_atomically
-
-    write_atomically(path, data)

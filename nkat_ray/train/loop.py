@@ -115,6 +115,7 @@ class Trainer:
         seed: of the order of images, the augmentation and dropout.
         notice: told, in one line, of anything the user should know.
         deadline_s: time (since 1970) after which no further step is made.
+        on_step: told the epochs done so far, with a fraction, after every step.
     """
 
     def __init__(
@@ -132,14 +133,18 @@ class Trainer:
         device: torch.device,
         notice: Callable[[str], None],
         deadline_s: float = math.inf,
+        on_step: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.config, self.train, self.val, self.flip, self.num_classes = config, train, val, flip, num_classes
         self.device, self.notice, self.deadline_s = device, notice, deadline_s
+        self._on_step = on_step
         self.model = model.to(device)
         self.optimizer = create_optimizer(self.model, config)
         self.ema = None if config.ema is None else create_ema(self.model, config.ema)
         self.order = torch.Generator().manual_seed(seed)
-        self.augmentation = torch.Generator(device).manual_seed(seed + 1)
+        self.augmentation = torch.Generator().manual_seed(seed + 1)  # on the CPU: the same draws on every device
+        red, green, blue = (round(255 * value) for value in mean)
+        self._fill = (red, green, blue)  # Cutout's grey: nearest to 0 after normalisation
         self.mean = torch.tensor(mean, device=device).view(3, 1, 1) * 255
         self.std = torch.tensor(std, device=device).view(3, 1, 1) * 255
         self.epoch = 0
@@ -184,6 +189,7 @@ class Trainer:
             if time.time() >= self.deadline_s:
                 return None
             losses.append(self._step(positions, self.epoch * self.steps_an_epoch + number))
+            self._on_step(self.epoch + (number + 1) / self.steps_an_epoch)
             if (self.device.type == "cpu" or number % LOSS_CHECK_STEPS == 0) and not losses[-1].isfinite():
                 return math.nan
         mean = float(torch.stack(losses).mean())
@@ -200,7 +206,7 @@ class Trainer:
     def _step(self, positions: Tensor, step: int) -> Tensor:
         """One update; returns the batch's mean loss, on the device."""
         images, labels = self.train.batch(positions)
-        images = augment(images, self.config, flip=self.flip, generator=self.augmentation)
+        images = augment(images, self.config, flip=self.flip, generator=self.augmentation, cutout_fill=self._fill)
         inputs = normalise(images, self.mean, self.std)
         targets = F.one_hot(labels, self.num_classes).float()
         inputs, targets = mix(
@@ -277,10 +283,7 @@ class Trainer:
         self.order.set_state(state["order"])
         if state["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
-        if (state["cuda_random"] is not None) == (self.device.type == "cuda"):
-            self.augmentation.set_state(state["augmentation"])
-        else:  # a generator's state belongs to its kind of device: moved to another one, it is only seeded
-            self.notice("continued on another kind of device: the augmentation's random numbers start anew")
+        self.augmentation.set_state(state["augmentation"])
         torch.set_rng_state(state["cpu_random"])
 
     def weights(self, *, dataset: str, grey: bool, val_accuracy: float, seed: int) -> Weights:

@@ -175,7 +175,7 @@ def _apply_code(images: Tensor, code: int, magnitude: int) -> Tensor:
 
 
 def _sharpen(images: Tensor, factor: float) -> Tensor:
-    """`F.adjust_sharpness` without its convolution, which costs six times as much on small groups.
+    """`F.adjust_sharpness` without its convolution, which costs nearly three times as much on small groups.
 
     The blur is (8 neighbours + 5 times the pixel) / 13, rounded. Sums of whole numbers are exact, and no thirteenth
     lies nearer than 1/26 to a rounding boundary, so any order of the additions gives torchvision's pixels.

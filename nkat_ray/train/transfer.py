@@ -4,13 +4,14 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from nkat_ray.config import Transfer, TrialConfig
-from nkat_ray.model import create_nkat_vit
-from nkat_ray.train.checkpoint import Weights
+from nkat_ray.model import create_nkat_vit, save_pretrained
+from nkat_ray.train.checkpoint import WEIGHTS_FILE, Weights, write_atomically
 from nkat_ray.train.loop import ImageSet, Trainer, count_correct
 
 
@@ -88,6 +89,12 @@ def _take_backbone(model: nn.Module, source: Weights) -> None:
 def _freeze_backbone(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
+
+
+def save_weights(weights: Weights, payload: bytes, folder: Path) -> None:
+    """Write a network as timm reads it (`local-dir:`: model.safetensors, config.json), its recipe beside it."""
+    save_pretrained(weights.build(), folder)
+    write_atomically(folder / WEIGHTS_FILE, payload)
 
 
 def count_correct_of(weights: Weights, images: ImageSet, device: torch.device) -> int:
