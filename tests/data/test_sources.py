@@ -155,7 +155,11 @@ def test_threads_share_one_download(mnist, monkeypatch):
 
     fetcher, = use(monkeypatch, Slow(mnist))
     found = []
-    threads = [threading.Thread(target=lambda: found.append(open_dataset("mnist", AUTO, notice=quiet))) for _ in range(3)]
+
+    def work():
+        found.append(open_dataset("mnist", AUTO, notice=quiet))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
