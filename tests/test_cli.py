@@ -1,0 +1,153 @@
+"""The command line: bad input ends with one line and exit code 2, before anything is written."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nkat_ray.cli import parse, tune, typed_flags
+from nkat_ray.config import RunConfig, TrainConfig
+
+ROOT = Path(__file__).parents[1]
+
+BAD_FLAGS = {
+    "gate of 0": (["--gate", "0"], "gate is 0"),
+    "gate of 7": (["--gate", "7"], "gate is 7"),
+    "gate is no number": (["--gate", "high"], "high"),
+    "no trials": (["--num_samples", "0"], "num_samples is 0"),
+    "unknown preset": (["--preset", "huge"], "huge"),
+    "unknown flag": (["--gpu_count", "3"], "gpu_count"),
+    "patch does not divide": (["--patch_size", "3"], "patch_size is 3"),
+    "heads do not divide": (["--embed_dim", "100"], "embed_dim is 100"),
+    "fixed value against the space": (["--num_heads", "7"], "embed_dim is"),
+    "empty name": (["--name", ""], "name is ''"),
+    "absolute name": (["--name", "/tmp/run"], "name is '/tmp/run'"),
+    "name with dots": (["--name", "a..b"], "name is 'a..b'"),
+    "parent as name": (["--name", "../a"], "name is '../a'"),
+    "resume of an unknown run": (["--resume", "--name", "never-was"], "never-was"),
+    "resume of nothing": (["--resume"], "no run to resume"),
+    "cifar10 left out": (["--datasets", "mnist"], "cifar10"),
+}
+
+
+@pytest.mark.parametrize(("flags", "said"), BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
+def test_a_bad_flag_is_refused_in_one_line_and_nothing_is_written(flags, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tune(["--data", "synthetic", *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert said in error
+    assert "\n" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_refused_quickly_by_the_program_itself(tmp_path):
+    clock = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, ROOT / "tune_round2.py", "--gate", "7"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - clock < 15
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_and_ray_are_not_loaded_to_refuse_a_flag(tmp_path):
+    code = (
+        "import sys; from nkat_ray.cli import tune; assert tune(['--gate', '7']) == 2; "
+        "sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+def write_pair(folder, name="cifar10", labels=None, n=60):
+    """A small Parquet pair of a source of its own, so that no known digest applies."""
+    labels = np.arange(n) % 10 if labels is None else labels
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8).tobytes() for _ in labels]
+    metadata = {"encoding": "raw", "shape": "32,32,3", "classes": ",".join("abcdefghij"), "source": "own"}
+    table = pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(labels, pa.int64())})
+    for split in ("train", "test"):
+        pq.write_table(table.replace_schema_metadata(metadata), folder / f"{name}-{split}.parquet")
+
+
+def empty(folder):
+    return "cifar10"
+
+
+def absent(folder):
+    folder.rmdir()
+    return str(folder)
+
+
+def truncated(folder):
+    write_pair(folder)
+    path = folder / "cifar10-train.parquet"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return "cifar10-train.parquet"
+
+
+def wrong_digest(folder):
+    write_pair(folder)
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  cifar10-train.parquet\n")
+    return "cifar10-train.parquet"
+
+
+def label_beyond_classes(folder):
+    write_pair(folder, labels=np.array([0, 1, 10] * 20))
+    return "label"
+
+
+@pytest.mark.parametrize("damage", [empty, absent, truncated, wrong_digest, label_beyond_classes])
+def test_a_bad_data_folder_is_refused_and_nothing_is_written(damage, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    said = damage(folder)
+    assert tune(["--preset", "quick", "--data_dir", str(folder), "--storage_path", "out"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert "\n" not in error
+    assert not Path("out").exists()
+
+
+def test_a_storage_path_that_cannot_be_written_is_refused(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    assert tune(["--data", "synthetic", "--storage_path", str(file)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_name_that_exists_is_refused(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    assert tune(["--data", "synthetic", "--storage_path", str(tmp_path), "--name", "mine"]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_both_spellings_of_a_flag_are_read():
+    argv = ["--num-samples", "3", "--max_concurrent=2", "--no_split_heads"]
+    run = parse(RunConfig, argv, prog="test", default=RunConfig.from_preset("quick"))
+    assert (run.num_samples, run.max_concurrent) == (3, 2)
+    assert {"num_samples", "max_concurrent", "split_heads"} <= typed_flags(argv)
+
+
+def test_the_notes_command_is_read_as_written():
+    command = (
+        "--dataset cifar10 --conv_stem tiny --patch_size 2 --embed_dim 384 --depth 7 --temperature 0.65 --top_k 6 "
+        "--top_p 0.80 --nkat_strength 0.0024 --nkat_decay 0.99 --dropout_attn 0.17 --dropout_embed 0.08 --mixup 0.1 "
+        "--cutmix 0.2 --randaugment 2 9 --lr 2e-4 --epochs 40 --warmup 5 --ema 0.9995 --clip_grad 1.0"
+    )
+    assert parse(TrainConfig, command.split(), prog="test") == TrainConfig()
+
+
+def test_off_is_none():
+    argv = ["--top_k", "off", "--top_p", "off", "--randaugment", "off", "--cutout", "off", "--ema", "off", "--clip_grad", "off"]
+    config = parse(TrainConfig, argv, prog="test")
+    assert {config.top_k, config.top_p, config.randaugment, config.cutout, config.ema, config.clip_grad} == {None}

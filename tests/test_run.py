@@ -1,0 +1,156 @@
+"""A run through the door that a user takes: the program itself, real Ray, real faults."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--preset quick --data synthetic --embed_dim 16 --depth 1 --num_samples 5 --epochs 2 --grace 1 --warmup 0 "
+    "--train_images 400 --val_images 200 --transfer_images 300 --test_images 200 --transfer_epochs 1 --max_concurrent 1"
+).split()
+
+
+def launch(folder, *flags, resume=False):
+    given = ["--resume"] if resume else TINY
+    command = [sys.executable, ROOT / "tune_round2.py", *given, "--storage_path", folder, "--name", "r", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, timeout=240):
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def events(folder):
+    path = folder / "r" / "journal.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def wait_for(folder, kind, count, process, timeout=180):
+    end = time.monotonic() + timeout
+    while sum(event["event"] == kind for event in events(folder)) < count:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, f"{count} x {kind} did not come"
+        time.sleep(0.05)
+
+
+def ended(folder):
+    return [event["trial"] for event in events(folder) if event["event"] == "end"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One run from first to last, nothing in its way."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, output = finish(launch(folder, "--gate", "0.12"))
+    assert code == 0, output
+    return folder / "r", output
+
+
+def test_a_run_ends_with_its_files_and_says_what_a_reader_must_know(whole):
+    folder, output = whole
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["exit_code"] == 0
+    assert summary["winner"]["trial"] in summary["survivors"]
+    assert "SYNTHETIC" in output
+    assert "0.12" in output
+    assert "0.60" in output
+    assert not re.search(r"\(raylet|WARNING|Traceback", output)
+    for name in ("trials.parquet", "curves.parquet", "stage2.parquet", "report.html", "best/model.safetensors"):
+        assert (folder / name).stat().st_size > 0
+
+
+def test_the_same_seed_gives_the_same_trials_and_scores(whole, tmp_path):
+    code, output = finish(launch(tmp_path, "--gate", "0.12"))
+    assert code == 0, output
+    columns = ["trial", "config/temperature", "config/conv_stem", "best_local_tpe", "stop_reason", "epochs", "seed"]
+    first, second = (pq.read_table(f / "trials.parquet", columns=columns).to_pylist() for f in (whole[0], tmp_path / "r"))
+    assert first == second
+    scores = ["trial", "dataset", "val_accuracy", "test_accuracy"]
+    first, second = (pq.read_table(f / "stage2.parquet", columns=scores).to_pylist() for f in (whole[0], tmp_path / "r"))
+    assert first == second
+
+
+def test_a_finished_run_is_reported_again_without_running(whole):
+    before = (whole[0] / "journal.jsonl").read_bytes()
+    code, output = finish(launch(whole[0].parent, resume=True), timeout=60)
+    assert code == 0
+    assert "Global TPE" in output
+    assert (whole[0] / "journal.jsonl").read_bytes() == before
+
+
+def test_a_flag_that_disagrees_is_refused(whole):
+    code, output = finish(launch(whole[0].parent, "--epochs", "3", resume=True), timeout=60)
+    assert code == 2
+    assert "epochs is 3" in output
+
+
+def test_no_survivor_is_exit_code_3_with_a_report_that_says_what_was_missing(tmp_path):
+    code, output = finish(launch(tmp_path, "--gate", "1.0", "--num_samples", "2"))
+    assert code == 3, output
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["survivors"] == []
+    assert summary["winner"] is None
+    assert set(summary["stop_reasons"]) <= {"gate", "asha"}
+    assert "accuracy" in output
+    assert (tmp_path / "r" / "report.html").exists()
+
+
+@pytest.mark.parametrize("kind", ["proposed", "result", "end", "stage2", "tested"])
+def test_a_killed_driver_loses_nothing_and_repeats_nothing(kind, whole, tmp_path):
+    process = launch(tmp_path, "--gate", "0.12")
+    wait_for(tmp_path, kind, 2, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = ended(tmp_path)
+    done_before = [e for e in events(tmp_path) if e["event"] in ("stage2", "tested")]
+    code, output = finish(launch(tmp_path, resume=True))
+    assert code == 0, output
+    after = ended(tmp_path)
+    assert after[: len(before)] == before
+    assert sorted(after) == list(range(5))  # each trial ended once
+    rows = [(e["event"], e["row"]["trial"], e["row"]["dataset"]) for e in events(tmp_path) if e["event"] in ("stage2", "tested")]
+    assert len(rows) == len(set(rows)) >= len(done_before)
+    columns = ["trial", "best_local_tpe", "stop_reason", "epochs", "passed_gate", "config/temperature"]
+    first, second = (pq.read_table(f / "trials.parquet", columns=columns).to_pylist() for f in (whole[0], tmp_path / "r"))
+    enqueued = [row for row in second if row["trial"] < 2]  # the sampler's draws start anew after a resume
+    assert enqueued == first[:2]
+
+
+def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path):
+    process = launch(tmp_path, "--gate", "0.12")
+    wait_for(tmp_path, "end", 1, process)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process, timeout=60)
+    assert code == 130, output
+    assert "--resume --name r" in output
+    assert "Traceback" not in output
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["exit_code"] == 130
+    before = ended(tmp_path)
+    code, output = finish(launch(tmp_path, resume=True))
+    assert code == 0, output
+    assert sorted(ended(tmp_path)) == list(range(5))
+    assert ended(tmp_path)[: len(before)] == before
+
+
+def test_a_run_that_another_driver_holds_is_refused(tmp_path):
+    process = launch(tmp_path, "--gate", "0.12")
+    try:
+        wait_for(tmp_path, "run", 1, process)
+        code, output = finish(launch(tmp_path, resume=True), timeout=60)
+        assert code == 2
+        assert "another live driver" in output
+    finally:
+        process.kill()
+        process.wait()
