@@ -192,7 +192,8 @@ def _scores(run: Run) -> str:
         values = results.global_tpe_by_model(run.stage2, run.winner)
         shown = ", ".join(f"{model} {number(value)}" for model, value in values.items())
         models = f"<p>Global TPE by lambda model: {shown} (chosen: {escaped(run.summary.get('lambda_model'))}).</p>"
-    return table(["metric", "before", "now", "target", "gap"], rows, numeric=(1, 2, 3, 4)) + models + explained
+    scores = table(["metric", "before", "now", "target", "gap"], rows, numeric=(1, 2, 3, 4), minor=(1,))
+    return scores + models + explained
 
 
 def _aside(text: str) -> str:

@@ -22,9 +22,10 @@ STYLE: Final = """
   --good: #006b4f; --bad: #b03a00; --open: #7a5300; --bar: #0072b2; --grid: #e3e7ec; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --card: #1d2127; --ink: #e6e9ed; --soft: #a3acb7;
   --line: #39414b; --good: #4fd1a5; --bad: #ff9a66; --open: #f0c45c; --bar: #56b4e9; --grid: #2c333b; } }
-@media print { section > * { break-inside: avoid; } h2 { break-after: avoid; }
-  button, details > summary, details:not(.printed) { display: none; } table { font-size: 0.7rem; }
-  th, td { padding: 3px 8px 3px 0; } .funnel .bar { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+@media print { section > * { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  button, details > summary, details:not(.printed) { display: none; } .scroll { overflow: visible; }
+  table, th, .aside { font-size: 0.62rem !important; } th, td { padding: 3px 7px 3px 0; }
+  .funnel .bar { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 :root.print { color-scheme: light; --paper: #ffffff; --card: #ffffff; --ink: #000000; --soft: #333333; --line: #999999;
   --good: #006b4f; --bad: #b03a00; --open: #7a5300; --bar: #0072b2; --grid: #dddddd; }
 :root.print main { width: 700px; padding: 0; }
@@ -48,7 +49,7 @@ th, td { padding: 5px 14px 5px 0; text-align: left; border-bottom: 1px solid var
 th { font-weight: 600; color: var(--soft); font-size: 0.92rem; }
 td.n, th.n { text-align: right; }
 td.n, td:first-child { white-space: nowrap; }
-td:last-child { min-width: 10ch; }
+td:last-child:not(.n) { min-width: 10ch; }
 .aside { color: var(--soft); font-size: 0.92rem; }
 .chart { width: 100%; }
 .pair, .many { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
@@ -65,7 +66,8 @@ button { font: inherit; color: inherit; background: var(--card); border: 1px sol
 summary { cursor: pointer; color: var(--soft); }
 @media (max-width: 560px) { main { padding: 16px 12px 48px; } .verdict { font-size: 1.25rem; }
   .funnel { grid-template-columns: 1fr; gap: 2px; } .funnel .bar { height: 18px; } th, td { padding-right: 10px; }
-  table { font-size: 0.92rem; } .aside { display: block; } .many { grid-template-columns: 1fr 1fr; gap: 4px; } }
+  table { font-size: 0.92rem; } .aside { display: block; } .minor { display: none; }
+  .many { grid-template-columns: 1fr 1fr; gap: 4px; } }
 """
 
 SCRIPT: Final = """
@@ -174,18 +176,27 @@ def escaped(value: object) -> str:
     return html.escape(str(value))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: Sequence[int] = ()) -> str:
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: Sequence[int] = (), minor: Sequence[int] = ()
+) -> str:
     """A table that scrolls sideways on its own; cells are markup that is escaped already.
 
     Args:
         header: column titles, plain text.
         rows: cells.
         numeric: indices of columns that are aligned right.
+        minor: indices of columns that a phone leaves out.
     """
-    right = [' class="n"' if n in numeric else "" for n in range(len(header))]
-    head = "".join(f"<th{style}>{escaped(title)}</th>" for style, title in zip(right, header, strict=True))
-    body = "\n".join(
-        "<tr>" + "".join(f"<td{style}>{cell}</td>" for style, cell in zip(right, row, strict=True)) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    kinds = [("n " if n in numeric else "") + ("minor" if n in minor else "") for n in range(len(header))]
+    styles = [f' class="{kind.strip()}"' if kind else "" for kind in kinds]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{style}>{cell}</{tag}>" for style, cell in zip(styles, cells, strict=True))
+            + "</tr>"
+        )
+
+    head = line("th", [escaped(title) for title in header])
+    body = "\n".join(line("td", row) for row in rows)
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'

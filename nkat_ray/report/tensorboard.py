@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from google.protobuf import struct_pb2
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto import event_pb2, summary_pb2, types_pb2
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -324,7 +323,8 @@ def _session_start(trial: int, hparams: Mapping[str, bool | float | str], row: M
         group_name=f"trial {trial}", start_time_secs=time.time() - (row.get("wall_s") or 0.0)
     )
     for name, value in hparams.items():
-        info.hparams[name].CopyFrom(_value(value))
+        kind = "bool_value" if isinstance(value, bool) else "string_value" if isinstance(value, str) else "number_value"
+        setattr(info.hparams[name], kind, value)
     data = plugin_data_pb2.HParamsPluginData(session_start_info=info)
     return _hparams_value(hparams_metadata.SESSION_START_INFO_TAG, data)
 
@@ -333,12 +333,6 @@ def _session_end(status: int) -> Any:
     info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
     data = plugin_data_pb2.HParamsPluginData(session_end_info=info)
     return _hparams_value(hparams_metadata.SESSION_END_INFO_TAG, data)
-
-
-def _value(value: bool | float | str) -> struct_pb2.Value:
-    if isinstance(value, bool):  # before numbers: a bool is an int too
-        return struct_pb2.Value(bool_value=value)
-    return struct_pb2.Value(string_value=value) if isinstance(value, str) else struct_pb2.Value(number_value=value)
 
 
 def _hparams_value(tag: str, data: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A headless Chromium driven over its DevTools pipe: no driver program, no network, no further package."""
+"""The report in a real browser without network: no error, no request, the legend works, dark, phone and print."""
 
 import base64
 import json
@@ -6,15 +6,27 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
+from nkat_ray.report.html import compare, write_report
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
+]
 
 
 class Browser:
-    """One page of a headless Chromium; records console errors, exceptions and every request."""
+    """One page of a headless Chromium, driven over its DevTools pipe, so that no driver is needed.
+
+    It records console errors, exceptions and every request.
+    """
 
     def __init__(self, profile: Path) -> None:
         assert CHROMIUM is not None
@@ -127,3 +139,89 @@ class Browser:
                 self.errors.append(params["entry"]["text"])
             case "Network.requestWillBeSent":
                 self.requests.append(params["request"]["url"])
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    with Browser(tmp_path / "profile") as opened:
+        yield opened
+
+
+def quiet(browser: Browser, path: Path) -> bool:
+    """No console error, and no request but for the file itself."""
+    return browser.errors == [] and set(browser.requests) == {path.as_uri()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"journal": True}, {"gate": 1.0}, {"running": True}, {"emnist": None}, {"repeat": 6, "journal": True}],
+)
+def test_report_opens_without_error_or_request(
+    make_run: Callable[..., Any], browser: Browser, options: dict[str, Any]
+) -> None:
+    path = write_report(make_run(**options).folder)
+    browser.open(path)
+    assert quiet(browser, path)
+    drawn = browser.eval("[...document.querySelectorAll('.chart')].map(chart => !!chart.querySelector('svg'))")
+    assert drawn
+    assert all(drawn)
+
+
+def test_legend_hides_a_group_of_curves(make_run: Callable[..., Any], browser: Browser) -> None:
+    browser.open(write_report(make_run().folder))
+    shown = "document.querySelectorAll('#chart-1 .scatterlayer .trace').length"
+    before = browser.eval(shown)
+    browser.eval("document.querySelector('#chart-1').scrollIntoView()")
+    entry = browser.eval(
+        "(() => { const item = [...document.querySelectorAll('#chart-1 .legend .traces')]"
+        ".find(item => item.textContent === 'asha'); const box = item.getBoundingClientRect();"
+        "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+    )
+    browser.click(*entry)
+    browser.settle()
+    assert browser.eval(shown) == before - 2
+
+
+def test_dark_and_light_follow_the_reader(make_run: Callable[..., Any], browser: Browser, tmp_path: Path) -> None:
+    path = write_report(make_run().folder)
+    browser.open(path, dark=True)
+    ink = "getComputedStyle(document.querySelector('#chart-1 .xtick text')).fill"
+    dark = browser.eval(ink), browser.eval("getComputedStyle(document.body).backgroundColor")
+    browser.screenshot(tmp_path / "dark.png")
+    browser.dark(False)
+    browser.settle()
+    light = browser.eval(ink), browser.eval("getComputedStyle(document.body).backgroundColor")
+    browser.screenshot(tmp_path / "light.png")
+    assert dark == ("rgb(230, 233, 237)", "rgb(20, 23, 27)")
+    assert light == ("rgb(27, 31, 36)", "rgb(255, 255, 255)")
+    assert quiet(browser, path)
+    assert (tmp_path / "dark.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("width", [360, 390, 1200])
+def test_no_page_is_wider_than_the_window(make_run: Callable[..., Any], browser: Browser, width: int) -> None:
+    path = write_report(make_run(journal=True).folder)
+    browser.open(path, width=width, height=800)
+    assert browser.eval("document.documentElement.scrollWidth") <= width
+    assert browser.eval("document.querySelector('table').scrollWidth") <= width  # the scores need no scrolling
+    assert quiet(browser, path)
+
+
+def test_print_fits_the_paper(make_run: Callable[..., Any], browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_report(make_run().folder), dark=True)
+    browser.eval("window.dispatchEvent(new Event('beforeprint'))")
+    widths = browser.eval("[...document.querySelectorAll('.chart .main-svg')].map(svg => svg.clientWidth)")
+    assert max(widths) <= 700
+    assert browser.eval("getComputedStyle(document.querySelector('#chart-1 .xtick text')).fill") == "rgb(0, 0, 0)"
+    browser.eval("window.dispatchEvent(new Event('afterprint'))")
+    browser.pdf(tmp_path / "print.pdf")
+    assert (tmp_path / "print.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_several_runs_open_without_error_or_request(
+    make_run: Callable[..., Any], browser: Browser, tmp_path: Path
+) -> None:
+    runs = [make_run("one").folder, make_run("two", gate=1.0).folder, make_run("three", running=True).folder]
+    path = compare(*runs, out=tmp_path / "compare.html")
+    browser.open(path)
+    assert quiet(browser, path)
