@@ -1,5 +1,6 @@
 """What every source of images delivers: `Dataset`, `Split`, `Missing`, and the one error, `DataError`."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -98,6 +99,12 @@ class Pair:
     def split(self, name: SplitName) -> Split:
         """The split called `name`."""
         return self.train if name == "train" else self.test
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error, for a message of one line; addresses are left out, as they may end up in results."""
+    text = str(error).strip() or type(error).__name__
+    return re.sub(r"\w+://\S+|(?<=')[\w-]+(\.[\w-]+)+(?=')", "its address", text.splitlines()[0])[:160].strip()
 
 
 class Unavailable(Exception):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from nkat_ray.data.dataset import DataError, Images, Labels, Split
+from nkat_ray.data.dataset import DataError, Images, Labels, Split, first_line
 from nkat_ray.data.parquet import pair_path, write_split
 from nkat_ray.data.spec import KNOWN, MAX_SIZE, check_name
 
@@ -127,7 +127,7 @@ def _mode_and_size(file: Path) -> tuple[str, tuple[int, int]]:
             turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5..8 swap the sides
             return image.mode, (image.height, image.width) if turned else image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} is no readable image ({_line(error)}); remove or replace it") from error
+        raise DataError(f"{file} is no readable image ({first_line(error)}); remove or replace it") from error
 
 
 def _open(file: Path, mode: str) -> Image.Image:
@@ -136,7 +136,7 @@ def _open(file: Path, mode: str) -> Image.Image:
             opened.draft(mode, (2 * MAX_SIZE, 2 * MAX_SIZE))  # large JPEGs are decoded at a fraction of their size
             return _to_mode(ImageOps.exif_transpose(opened), mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} is no readable image ({_line(error)}); remove or replace it") from error
+        raise DataError(f"{file} is no readable image ({first_line(error)}); remove or replace it") from error
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -161,7 +161,3 @@ def _choose_test(labels: Labels, classes: int, fraction: float, seed: int) -> ND
         rows = generator.permutation(np.flatnonzero(labels == label))
         is_test[rows[: min(max(round(len(rows) * fraction), 1), len(rows) - 1)]] = True
     return is_test
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from nkat_ray.data.dataset import DataError, Images, Labels, Split, SplitName
+from nkat_ray.data.dataset import DataError, Images, Labels, Split, SplitName, first_line
 from nkat_ray.data.spec import MAX_SIZE
 
 Encoding = Literal["raw", "png", "webp"]
@@ -62,8 +62,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"{path} cannot be read as Parquet ({first[:160]}); it is damaged or cut short: copy it again"
+        message = f"{path} cannot be read as Parquet ({first_line(error)}); it is damaged or cut short: copy it again"
         raise DataError(message) from error
 
 
@@ -217,8 +216,8 @@ def _decode_file(header: Header, row: int, data: bytes) -> Images:
         fits = size == (header.width, header.height) and mode in _modes(header)
         pixels = np.asarray(image) if fits else None  # nothing of an unexpected size is decoded
     except (OSError, SyntaxError, ValueError) as error:
-        message = f"{header.path}: the image in row {row} is no readable {header.encoding} ({error}); write it again"
-        raise DataError(message.replace("\n", " ")) from error
+        where = f"{header.path}: the image in row {row}"
+        raise DataError(f"{where} is no readable {header.encoding} ({first_line(error)}); write it again") from error
     if pixels is None:
         want = f"{header.width}x{header.height} {'or '.join(_modes(header))} (uint8) as `shape` says"
         found = f"{header.path}: the image in row {row} is {size[0]}x{size[1]} {mode}"

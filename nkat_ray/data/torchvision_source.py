@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from nkat_ray.data.dataset import DataError, Pair, Unavailable
+from nkat_ray.data.dataset import DataError, Pair, Unavailable, first_line
 from nkat_ray.data.spec import KNOWN, TORCHVISION
 from nkat_ray.data.torchvision_layout import TorchvisionReader
 
@@ -41,7 +41,7 @@ def fetch(name: str, *, scratch: Path, notice: Callable[[str], None]) -> Pair:
             reader = TorchvisionReader(Path(folder), name)
             return Pair(reader.load("train"), reader.load("test"), KNOWN[name].class_names, TORCHVISION)
         except (OSError, RuntimeError, DataError) as error:
-            raise Unavailable(f"torchvision's download failed ({_first_line(error)})") from error
+            raise Unavailable(f"torchvision's download failed ({first_line(error)})") from error
 
 
 def _urls(name: str) -> list[str]:
@@ -116,7 +116,3 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -199,3 +199,13 @@ def test_a_real_fetch_ends_verified_in_the_cache(own_cache, monkeypatch):
     assert found.verified
     assert found.sizes == {"train": 60_000, "test": 10_000}
     assert (own_cache / "mnist-train.parquet").exists()
+
+
+def test_reasons_hold_no_address(tmp_path, clients):
+    clients("dpkg-deb", "exit 0")
+    line = "E: Failed to fetch http://mirror.invalid/a.deb  No address for 'mirror.invalid'"
+    clients("apt-get", f'echo "{line}" >&2; exit 100')
+    with pytest.raises(Unavailable) as caught:
+        registry.fetch("fashion_mnist", scratch=tmp_path, notice=quiet)
+    assert "Failed to fetch its address" in str(caught.value)
+    assert "mirror" not in str(caught.value)

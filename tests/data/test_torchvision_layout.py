@@ -58,6 +58,7 @@ def test_idx_files(tmp_path, memory, name, packed):
     np.testing.assert_array_equal(found.load("train", np.array([4, 2])).images, pairs["train"].images[[4, 2]])
 
 
+@pytest.mark.slow
 def test_the_idx_files_are_what_torchvision_reads(tmp_path):
     torchvision = pytest.importorskip("torchvision")
     pairs = write_both(tmp_path, "mnist")
@@ -184,6 +185,7 @@ def test_an_unknown_pickle_is_never_opened(tmp_path, memory, monkeypatch):
     assert not (tmp_path / "opened").exists()
 
 
+@pytest.mark.slow
 def test_cifar_digests_are_torchvisions():
     torchvision = pytest.importorskip("torchvision")
     assert dict(torchvision.datasets.CIFAR10.train_list) == torchvision_layout.CIFAR_MD5["train"]

@@ -57,6 +57,7 @@ def test_a_host_that_never_answers_is_given_up(monkeypatch):
     assert time.monotonic() - start < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", spec.KNOWN)
 def test_addresses_are_those_of_torchvision(name):
     datasets = pytest.importorskip("torchvision.datasets")
