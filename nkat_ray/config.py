@@ -12,11 +12,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import tyro
 
-from nkat_ray.metrics import STAGE2_DATASETS
+from nkat_ray.metrics import LAMBDA_MODELS, STAGE2_DATASETS
 
 IMAGE_SIZE = 32  # every image is padded to this; the stem, the patches and the split heads divide it
 STAGE1_DATASET = "cifar10"
@@ -335,16 +335,20 @@ class RunConfig(TrialConfig, DataConfig):
         self._check("storage_path", bool(self.storage_path.strip()), "give a folder or a bucket URI")
         self._between("seed", low=0, high=2**32 - 1)
         self._between("gate", low=0, high=1, open_low=True)
+        self._check("lambda_model", self.lambda_model in LAMBDA_MODELS, f"allowed: {', '.join(LAMBDA_MODELS)}")
         self._check("space", self.space in SPACES, f"allowed: {', '.join(SPACES)}")
         self._between("num_samples", low=1, high=100_000)
         self._between("max_concurrent", "cpus_per_trial", low=1)
         self._between("gpus_per_trial", low=0, high=8)
+        whole = self.gpus_per_trial is None or self.gpus_per_trial <= 1 or self.gpus_per_trial % 1 == 0
+        self._check("gpus_per_trial", whole, "above 1 Ray hands out whole GPUs only")
         self._between("grace", low=1, high=self.epochs)
         self._between("reduction", low=2, high=16)
         self._between("smoke_epoch", low=1)
         self._between("smoke_accuracy", low=0, high=1)
         self._between("max_failures", low=0, high=100)
         self._between("stage1_hours", low=0, open_low=True)
+        self._check("transfer", self.transfer in get_args(Transfer), f"allowed: {', '.join(get_args(Transfer))}")
         self._between("transfer_epochs", low=1, high=1000)
         self._between("transfer_lr", low=0, high=1, open_low=True)
         self._between("transfer_images", "test_images", low=10)

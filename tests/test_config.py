@@ -1,0 +1,307 @@
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nkat_ray.config import (
+    PRESETS,
+    ROUND1_BEST,
+    SPACES,
+    Choice,
+    DataConfig,
+    Domain,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    TrialConfig,
+    field_names,
+)
+
+NAN, INF = math.nan, math.inf
+
+
+def drawn_from(domain: Domain) -> st.SearchStrategy[Any]:
+    if isinstance(domain, Choice):
+        return st.sampled_from(domain.values)
+    if domain.step is not None:
+        return st.sampled_from(range(int(domain.low), int(domain.high) + 1, domain.step))
+    return st.floats(domain.low, domain.high)
+
+
+# --- ranges: (field, values refused, values at the ends that are allowed) ---------------------------------------------
+
+MODEL_RANGES: list[tuple[str, list[Any], list[Any]]] = [
+    ("conv_stem", ["", "big", None], ["off", "tiny", "small"]),
+    ("stem_stride", [0, 1, 3, 8], [2, 4]),
+    ("patch_size", [0, -2, 3, 16, 33, NAN], [1, 2, 4, 8]),
+    ("embed_dim", [0, -384, 7, 385, 388, 2056, NAN], [8, 384, 2048]),
+    ("depth", [0, -1, 49, NAN], [1, 48]),
+    ("num_heads", [0, -8, 65, 7, NAN], [1, 64]),
+    ("mlp_ratio", [0, 0.24, 16.1, NAN, INF], [0.25, 16]),
+    ("temperature", [0, -0.65, 0.04, 10.1, NAN, INF], [0.05, 10]),
+    ("top_k", [0, -1, NAN], [1, 10_000, None]),
+    ("top_p", [0, -0.1, 1.01, NAN], [1e-9, 1, None]),
+    ("nkat_strength", [-1e-9, 1.01, NAN, INF], [0, 1]),
+    ("nkat_decay", [-0.1, 1.01, NAN], [0, 1]),
+    ("color_norm", ["on", "", None], ["off", "layernorm", "residual"]),
+    ("dropout_attn", [-0.1, 0.91, 1, NAN], [0, 0.9]),
+    ("dropout_embed", [-0.1, 0.91, NAN], [0, 0.9]),
+]
+TRIAL_RANGES: list[tuple[str, list[Any], list[Any]]] = [
+    ("epochs", [0, -1, 10_001, NAN], [6, 10_000]),
+    ("batch_size", [0, -128, 65_537, NAN], [1, 65_536]),
+    ("lr", [0, -1e-4, 1.1, NAN, INF], [1e-12, 1]),
+    ("warmup", [-1, 40, 41, NAN], [0, 39]),
+    ("weight_decay", [-0.1, 1.1, NAN], [0, 1]),
+    ("label_smoothing", [-0.1, 0.91, 1, NAN], [0, 0.9]),
+    ("clip_grad", [0, -1, NAN, INF], [1e-6, 1e6, None]),
+    ("ema", [0, 1, -0.5, 1.5, NAN], [1e-6, 0.999999, None]),
+    ("mixup", [-0.1, 0.81, 1.1, NAN], [0, 0.8]),
+    ("cutmix", [-0.1, 0.91, 1.1, NAN], [0, 0.9]),
+    ("randaugment", [(0, 9), (15, 9), (2, -1), (2, 31), (NAN, 9), (2, NAN)], [(1, 0), (14, 30), None]),
+    ("cutout", [0, -8, 33, NAN], [1, 32, None]),
+    ("channel_shuffle", [-0.1, 1.1, NAN], [0, 1]),
+    ("train_images", [0, 9, -100, NAN], [10, 10**9, None]),
+    ("val_images", [0, 9, 30_001, NAN], [10, 30_000]),
+]
+RUN_RANGES: list[tuple[str, list[Any], list[Any]]] = [
+    ("preset", ["", "tiny", "Quick"], ["quick", "laptop", "round2"]),
+    ("name", ["", ".", "..", "/tmp/run", "a/b", "a\\b", "../up", "a..b", "-rf", ".hidden", "a b", "a\n", "é",
+              "a" * 101],
+     ["a", "round2-20250601-120000", "A.b_c-9", "a" * 100, None]),
+    ("storage_path", ["", " "], ["./runs", "s3://bucket/runs"]),
+    ("seed", [-1, 2**32, NAN], [0, 2**32 - 1]),
+    ("gate", [0, 7, -0.6, 1.0001, NAN, INF], [1e-9, 0.29, 1]),
+    ("lambda_model", ["", "optuna"], ["notes", "counted", "millions"]),
+    ("space", ["", "round3"], ["round2", "extended", "quick"]),
+    ("num_samples", [0, -1, 100_001, NAN], [1, 100_000]),
+    ("max_concurrent", [0, -1, NAN], [1, None]),
+    ("gpus_per_trial", [-0.1, 8.1, 1.5, 2.25, NAN], [0, 0.125, 0.3, 1, 2, 8, None]),
+    ("cpus_per_trial", [0, -1, NAN], [1, 64, None]),
+    ("grace", [0, 41, NAN], [1, 40]),
+    ("reduction", [0, 1, 17, NAN], [2, 16]),
+    ("smoke_epoch", [0, -1, NAN], [1, 10_000]),
+    ("smoke_accuracy", [-0.1, 1.1, 45, NAN], [0, 1]),
+    ("max_failures", [-1, 101, NAN], [0, 100]),
+    ("stage1_hours", [0, -1, NAN, INF], [0.001, 1000, None]),
+    ("transfer", ["", "freeze"], ["finetune", "probe", "scratch"]),
+    ("transfer_epochs", [0, 1001, NAN], [1, 1000]),
+    ("transfer_lr", [0, -1, 1.1, NAN], [1e-9, 1]),
+    ("transfer_images", [0, 9, NAN], [10, None]),
+    ("test_images", [0, 9, NAN], [10, None]),
+    ("datasets", [(), ("mnist",), ("cifar10", "cifar10")], [("cifar10",), ("mnist", "cifar10"), ("mine", "cifar10")]),
+]  # fmt: skip
+ALL_RANGES = (
+    [(ModelConfig, *row) for row in MODEL_RANGES]
+    + [(TrialConfig, *row) for row in TRIAL_RANGES]
+    + [(RunConfig, *row) for row in RUN_RANGES]
+)
+REFUSED = [(config, name, value) for config, name, refused, _ in ALL_RANGES for value in refused]
+ALLOWED = [(config, name, value) for config, name, _, allowed in ALL_RANGES for value in allowed]
+
+
+@pytest.mark.parametrize(("config", "name", "value"), REFUSED)
+def test_a_value_out_of_range_is_refused_by_name_and_value(config: type, name: str, value: Any) -> None:
+    # num_heads that does not divide embed_dim is reported as embed_dim's fault, with the heads in the message
+    with pytest.raises(ValueError, match=name) as caught:
+        config(**{name: value})
+    assert repr(value) in str(caught.value) or str(value) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("config", "name", "value"), ALLOWED)
+def test_a_value_at_the_end_of_its_range_is_allowed(config: type, name: str, value: Any) -> None:
+    assert getattr(config(**{name: value}), name) == value
+
+
+def test_every_field_has_its_range_tested() -> None:
+    tested = {(config, name) for config, name, _, _ in ALL_RANGES}
+    free = {"split_heads", "data_dir", "data", "address", "resume", "dry_run", "verbose"}
+    for config, base in ((ModelConfig, None), (TrialConfig, ModelConfig), (RunConfig, TrialConfig)):
+        own = set(field_names(config)) - (set(field_names(base)) if base else set()) - free
+        assert own == {name for c, name in tested if c is config}
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, NAN])
+def test_train_config_refuses_a_seed(seed: float) -> None:
+    with pytest.raises(ValueError, match="seed"):
+        TrainConfig(seed=seed)  # type: ignore[arg-type]
+
+
+# --- combinations -----------------------------------------------------------------------------------------------------
+
+
+def test_an_embed_dim_that_8_heads_do_not_divide_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"embed_dim is 390; num_heads 8 must divide it; the nearest is 392"):
+        ModelConfig(embed_dim=390)
+
+
+def test_a_patch_that_does_not_divide_the_map_names_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"patch_size is 3; it must divide the map of 8x8 .* choose .* 1, 2, 4, 8"):
+        ModelConfig(patch_size=3)
+    with pytest.raises(ValueError, match="32x32"):
+        ModelConfig(conv_stem="off", patch_size=7)  # the notes' own 7x7 patches
+
+
+def test_split_heads_need_eight_heads() -> None:
+    assert ModelConfig(split_heads=True).num_heads == 8
+    with pytest.raises(ValueError, match="needs num_heads 8"):
+        ModelConfig(split_heads=True, num_heads=4)
+
+
+def test_mixup_and_cutmix_together_are_a_probability() -> None:
+    assert TrialConfig(mixup=0.5, cutmix=0.5).mixup == 0.5
+    with pytest.raises(ValueError, match=r"cutmix is 0\.51"):
+        TrialConfig(mixup=0.5, cutmix=0.51)
+
+
+@pytest.mark.parametrize(
+    ("fields", "side", "tokens"),
+    [
+        ({}, 8, 16),
+        ({"stem_stride": 2}, 16, 64),
+        ({"conv_stem": "off"}, 32, 256),
+        ({"conv_stem": "off", "patch_size": 4, "stem_stride": 2}, 32, 64),
+        ({"conv_stem": "small", "patch_size": 4}, 8, 4),
+        ({"conv_stem": "off", "patch_size": 32}, 32, 1),
+    ],
+)
+def test_map_and_tokens(fields: dict[str, Any], side: int, tokens: int) -> None:
+    config = ModelConfig(**fields)
+    assert (config.map_size, config.tokens) == (side, tokens)
+
+
+@settings(max_examples=60)
+@given(st.data())
+@pytest.mark.parametrize("space", SPACES)
+def test_whatever_a_space_draws_is_a_valid_trial(space: str, data: st.DataObject) -> None:
+    drawn = {name: data.draw(drawn_from(domain), label=name) for name, domain in SPACES[space].items()}
+    config = TrialConfig(**drawn)
+    assert (config.map_size // config.patch_size) ** 2 == config.tokens
+    assert config.map_size % config.patch_size == 0
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_whatever_the_widest_space_draws_can_be_built(data: st.DataObject) -> None:
+    import torch
+
+    from nkat_ray.model import create_nkat_vit
+
+    drawn = {name: data.draw(drawn_from(domain), label=name) for name, domain in SPACES["extended"].items()}
+    with torch.device("meta"):  # shapes without numbers
+        model = create_nkat_vit(TrialConfig(**drawn), num_classes=10)
+        assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_round2_is_the_notes_space() -> None:
+    space = SPACES["round2"]
+    assert set(space) == {"patch_size", "conv_stem", "embed_dim", "depth", "temperature", "top_p"}
+    assert {n: d.values for n, d in space.items() if isinstance(d, Choice)} == {
+        "patch_size": (2, 4),
+        "conv_stem": ("off", "tiny", "small"),
+    }
+    assert {n: (d.low, d.high, d.step) for n, d in space.items() if not isinstance(d, Choice)} == {
+        "embed_dim": (384, 512, 64),
+        "depth": (5, 9, 1),
+        "temperature": (0.6, 1.0, None),
+        "top_p": (0.80, 0.95, None),
+    }
+    assert space.items() <= SPACES["extended"].items()
+
+
+def test_spaces_name_fields_of_a_trial() -> None:
+    names = set(field_names(TrialConfig))
+    assert set().union(*SPACES.values()) <= names
+    assert set(ROUND1_BEST) <= names
+
+
+def test_the_defaults_are_the_notes_baseline() -> None:
+    baseline = TrialConfig()
+    expected = dict(
+        conv_stem="tiny", patch_size=2, embed_dim=384, depth=7, temperature=0.65, top_k=6, top_p=0.80,
+        nkat_strength=0.0024, nkat_decay=0.99, dropout_attn=0.17, dropout_embed=0.08, mixup=0.1, cutmix=0.2,
+        randaugment=(2, 9), cutout=8, lr=2e-4, epochs=40, warmup=5, ema=0.9995, clip_grad=1.0, color_norm="off",
+        split_heads=False, channel_shuffle=0.0, weight_decay=0.05, label_smoothing=0.0, batch_size=128, val_images=5000,
+        num_heads=8, mlp_ratio=4.0, stem_stride=4, train_images=None,
+    )  # fmt: skip
+    assert dataclasses.asdict(baseline) == expected
+
+
+# --- presets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_carry_their_name(preset: str) -> None:
+    run = RunConfig.from_preset(preset)
+    assert run.preset == preset
+    assert {name: getattr(run, name) for name in PRESETS[preset]} == PRESETS[preset]
+
+
+def test_round2_is_fifty_trials_of_forty_epochs_at_gate_060() -> None:
+    run = RunConfig.from_preset("round2")
+    assert run == RunConfig()
+    assert (run.num_samples, run.epochs, run.gate, run.grace, run.reduction) == (50, 40, 0.60, 5, 3)
+    assert (run.smoke_epoch, run.smoke_accuracy, run.space) == (10, 0.45, "round2")
+
+
+def test_laptop_keeps_round2s_space_and_gate() -> None:
+    run = RunConfig.from_preset("laptop")
+    assert (run.space, run.gate, run.num_samples, run.epochs, run.train_images) == ("round2", 0.60, 12, 10, 10_000)
+
+
+def test_a_preset_can_be_overridden_and_is_checked_again() -> None:
+    assert RunConfig.from_preset("quick", gate=0.5).gate == 0.5
+    with pytest.raises(ValueError, match="warmup is 1"):
+        RunConfig.from_preset("quick", epochs=1)  # the preset's warm-up no longer fits
+    with pytest.raises(ValueError, match="preset is 'huge'; allowed: quick, laptop, round2"):
+        RunConfig.from_preset("huge")
+
+
+def test_trial_is_the_runs_own_trial_fields() -> None:
+    run = RunConfig(lr=1e-3, embed_dim=64, depth=2)
+    assert run.trial == TrialConfig(lr=1e-3, embed_dim=64, depth=2)
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_configurations_are_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrialConfig().lr = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        ModelConfig("tiny")  # type: ignore[misc]
+
+
+def test_every_field_has_a_doc() -> None:
+    """The command line's help is made of them; tyro reads the string below a field from the source."""
+    import ast
+    import inspect
+
+    for config in (ModelConfig, TrialConfig, DataConfig, TrainConfig, RunConfig):
+        body = ast.parse(inspect.getsource(config)).body[0].body  # type: ignore[attr-defined]
+        for this, following in zip(body, [*body[1:], None], strict=True):
+            if isinstance(this, ast.AnnAssign):
+                assert isinstance(following, ast.Expr), f"{config.__name__}.{ast.unparse(this.target)} has no doc"
+
+
+def test_data_dir_defaults_to_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NKAT_DATA_DIR", "/somewhere")
+    assert DataConfig().data_dir == Path("/somewhere")
+    monkeypatch.setenv("NKAT_DATA_DIR", "")
+    assert DataConfig().data_dir is None
+    monkeypatch.delenv("NKAT_DATA_DIR")
+    assert DataConfig().data_dir is None
+
+
+def test_the_configuration_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, nkat_ray.config, nkat_ray.metrics; print({'torch', 'ray', 'optuna'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "set()"
