@@ -53,7 +53,9 @@ class Run:
     @property
     def known(self) -> dict[str, Any]:
         """The summary, or what is known of it before it is written."""
-        data = {"all": {"source": "synthetic"}} if self.config.get("data") == "synthetic" else {}
+        data = self.config.get("data")
+        if not isinstance(data, Mapping):  # described with the configuration, or only the flag
+            data = {"all": {"source": "synthetic"}} if data == "synthetic" else {}
         start = {"gate": self.gate, "preset": self.config.get("preset"), "data": data}
         return {"winner": None, "exit_code": None, **start, **self.summary}
 
@@ -461,17 +463,9 @@ def _flag(name: str, value: Any) -> list[str]:
 
 def _provenance(run: Run) -> str:
     parts = []
-    if data := run.summary.get("data"):
-        rows = [
-            [
-                escaped(results.DATASET_NAMES.get(name, name)),
-                escaped(item.get("source", "-")),
-                f"<code>{escaped(str(item.get('digest', '-'))[:23])}</code>",
-                escaped(", ".join(f"{key} {value}" for key, value in item.items() if key not in ("source", "digest"))),
-            ]
-            for name, item in data.items()
-        ]
-        parts.append(table(["dataset", "source", "digest", "images"], rows))
+    if data := run.known["data"]:
+        rows = [_data_cells(name, item) for name, item in data.items()]
+        parts.append(table(["dataset", "source", "digest", "images", "note"], rows))
     facts = {
         "preset": run.config.get("preset", run.summary.get("preset")),
         "space": run.config.get("space"),
@@ -487,6 +481,22 @@ def _provenance(run: Run) -> str:
         text = escaped(json.dumps(run.config, indent=1, ensure_ascii=False))
         parts.append(f"<details><summary>The run's whole configuration</summary><pre>{text}</pre></details>")
     return "".join(parts)
+
+
+def _data_cells(name: str, item: Mapping[str, Any]) -> list[str]:
+    images = item.get("images") or "-"
+    if isinstance(images, Mapping):
+        images = ", ".join(f"{split} {n}" for split, n in images.items())
+    rest = {key: value for key, value in item.items() if key not in ("source", "digest", "images", "verified")}
+    notes = ["not verified"] if item.get("verified") is False else []
+    notes += [f"{key}: {value}" for key, value in rest.items()]
+    return [
+        escaped(results.DATASET_NAMES.get(name, name)),
+        escaped(item.get("source") or "-"),
+        f"<code>{escaped(str(item.get('digest') or '-')[:23])}</code>",
+        escaped(images),
+        escaped("; ".join(notes)),
+    ]
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ STYLE: Final = """
   --line: #39414b; --good: #4fd1a5; --bad: #ff9a66; --open: #f0c45c; --bar: #56b4e9; --grid: #2c333b; } }
 @media print { section > * { break-inside: avoid; } h2, h3 { break-after: avoid; }
   button, details > summary, details:not(.printed) { display: none; } .scroll { overflow: visible; }
-  table, th, .aside { font-size: 0.62rem !important; } th, td { padding: 3px 7px 3px 0; }
+  table, th, .aside { font-size: 0.62rem !important; } th, td { padding: 3px 6px 3px 0; }
+  td:last-child { min-width: 0 !important; overflow-wrap: anywhere; }
   .funnel .bar { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 :root.print { color-scheme: light; --paper: #ffffff; --card: #ffffff; --ink: #000000; --soft: #333333; --line: #999999;
   --good: #006b4f; --bad: #b03a00; --open: #7a5300; --bar: #0072b2; --grid: #dddddd; }

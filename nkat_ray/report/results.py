@@ -232,15 +232,20 @@ def _without_winner(*, finished: bool, gate: float, survivors: int) -> Verdict:
 
 
 def verdict_of(summary: Mapping[str, Any], rows: Rows) -> Verdict:
-    """The verdict of a run from its summary and Stage 2 rows."""
+    """The verdict of a run from its summary and Stage 2 rows; generated images cannot reach a target."""
     winner = summary["winner"]["trial"] if summary.get("winner") else None
-    return verdict(
+    found = verdict(
         rows,
         winner,
         finished=summary.get("exit_code") not in (None, INTERRUPTED),
         gate=summary.get("gate", NOTES_GATE),
         survivors=len(summary.get("survivors") or ()),
     )
+    if found.status == "reached" and (generated := synthetic_datasets(summary)):
+        return Verdict(
+            "undecided", f"Undecided: trial {winner} is at the target, but on generated {_names(generated)}."
+        )
+    return found
 
 
 def nearest_miss(trials: Rows, gate: float) -> Miss | None:
@@ -258,20 +263,26 @@ def dataset_targets(dataset: str) -> tuple[float | None, float | None]:
     return ACCURACY_TARGETS.get(dataset), TPE_TARGETS.get(dataset)
 
 
-def synthetic_data(summary: Mapping[str, Any]) -> bool:
-    """Whether any dataset of a run was generated rather than real."""
-    return any(str(item.get("source", "")).startswith("synthetic") for item in (summary.get("data") or {}).values())
+def synthetic_datasets(summary: Mapping[str, Any]) -> list[str]:
+    """Datasets of a run that were generated rather than real."""
+    data = summary.get("data") or {}
+    return [name for name, item in data.items() if str(item.get("source") or "").startswith("synthetic")]
 
 
 def notices(summary: Mapping[str, Any]) -> list[str]:
     """What a reader must know before any figure: generated data, another gate than the notes'."""
     found = []
-    if synthetic_data(summary):
-        found.append("SYNTHETIC DATA: generated images; no figure below says anything about the real datasets")
+    if generated := synthetic_datasets(summary):
+        which = "all datasets" if len(generated) == len(summary["data"]) else _names(generated)
+        found.append(f"SYNTHETIC DATA: {which} generated, not real; their figures say nothing about the real ones")
     gate = summary.get("gate")
     if gate is not None and gate != NOTES_GATE:
         found.append(f"gate {gate:.2f} (preset {summary.get('preset')}; the notes' gate is {NOTES_GATE:.2f})")
     return found
+
+
+def _names(datasets: Iterable[str]) -> str:
+    return ", ".join(DATASET_NAMES.get(name, name) for name in datasets)
 
 
 def stop_counts(trials: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -152,7 +152,7 @@ def fake_summary(
         "lambda_model": "notes",
         "seed": 7,
         "data": {
-            name: {"source": source, "digest": "sha256:" + f"{i}" * 64, "train": 60_000, "test": 10_000}
+            name: {"source": source, "digest": "sha256:" + f"{i}" * 64, "images": {"train": 60_000, "test": 10_000}}
             for i, name in enumerate(STAGE2_DATASETS)
         },
         "n_trials": len(trials),

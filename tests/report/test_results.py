@@ -141,4 +141,16 @@ def test_notices_name_synthetic_data_and_another_gate() -> None:
     assert results.notices(real | {"gate": 0.29, "preset": "quick"}) == [
         "gate 0.29 (preset quick; the notes' gate is 0.60)"
     ]
-    assert "SYNTHETIC" in results.notices(real | {"data": {"mnist": {"source": "synthetic"}}})[0]
+    generated = {"mnist": {"source": "/data"}, "emnist_letters": {"source": "synthetic suite 1"}}
+    assert "SYNTHETIC DATA: EMNIST letters generated" in results.notices(real | {"data": generated})[0]
+    assert "SYNTHETIC DATA: all datasets" in results.notices(real | {"data": {"mnist": {"source": "synthetic"}}})[0]
+    assert results.notices(real | {"data": {"mnist": {"source": None, "missing": "not found"}}}) == []
+
+
+def test_generated_images_cannot_reach_the_target(stage2_rows: Rows) -> None:
+    rows = stage2_rows(0, 9, {"mnist": 0.80, "fashion_mnist": 0.75, "emnist_letters": 0.70, "cifar10": 0.75})
+    summary = {"winner": {"trial": 0}, "gate": 0.6, "exit_code": 0, "data": {"mnist": {"source": "/data"}}}
+    assert results.verdict_of(summary, rows).status == "reached"
+    found = results.verdict_of(summary | {"data": {"mnist": {"source": "synthetic suite 1"}}}, rows)
+    assert found.status == "undecided"
+    assert "generated MNIST" in found.sentence
