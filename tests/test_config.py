@@ -187,18 +187,17 @@ def test_whatever_a_space_draws_is_a_valid_trial(space: str, data: st.DataObject
     assert config.map_size % config.patch_size == 0
 
 
-@pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_whatever_the_widest_space_draws_can_be_built(data: st.DataObject) -> None:
+    """At a narrow width and two blocks: the sizes meet the other parameters in nothing but the number of heads."""
     import torch
 
     from nkat_ray.model import create_nkat_vit
 
     drawn = {name: data.draw(drawn_from(domain), label=name) for name, domain in SPACES["extended"].items()}
-    with torch.device("meta"):  # shapes without numbers
-        model = create_nkat_vit(TrialConfig(**drawn), num_classes=10)
-        assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+    model = create_nkat_vit(TrialConfig(**{**drawn, "embed_dim": 16, "depth": 2}), num_classes=10)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_round2_is_the_notes_space() -> None:
