@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, TypeGuard
 
 from ray.tune import Stopper
@@ -93,4 +94,4 @@ class LocalTPEGate(Stopper):
 
 
 def _finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, Real) and math.isfinite(value)  # numpy's numbers are Real as well
