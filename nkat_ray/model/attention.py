@@ -150,10 +150,10 @@ class NKATAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D), or (B, 4, N, D) with split heads -> (B, N, D)."""
+        """(B, N, D), or (4, B, N, D) with split heads -> (B, N, D)."""
         q, k, v = self._split_qkv(x) if self.split_heads else self._qkv(x)
         out = rearrange(self._attend(q, k, v), "b h n e -> b n (h e)")
-        factor = self.modulation(x[:, -1] if self.split_heads else x)
+        factor = self.modulation(x[-1] if self.split_heads else x)
         projected: Tensor = self.proj(out * factor.to(out.dtype))
         return projected
 
@@ -165,8 +165,8 @@ class NKATAttention(nn.Module):
         """The rows of the projection belong to the streams in turn: (stream, q k v, head of the stream, E)."""
         weight = rearrange(self.qkv.weight, "(g o) d -> g d o", g=STREAMS)
         bias = rearrange(self.qkv.bias, "(g o) -> g 1 o", g=STREAMS)
-        out = torch.baddbmm(bias, rearrange(streams, "b g n d -> g (b n) d"), weight)
-        q, k, v = rearrange(out, "g (b n) (c h e) -> c b (g h) n e", b=len(streams), c=3, h=STREAM_HEADS)
+        out = torch.baddbmm(bias, rearrange(streams, "g b n d -> g (b n) d"), weight)
+        q, k, v = rearrange(out, "g (b n) (c h e) -> c b (g h) n e", b=streams.shape[1], c=3, h=STREAM_HEADS)
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

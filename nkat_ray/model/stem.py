@@ -92,18 +92,18 @@ class ColourEmbed(nn.Module):
         self.proj = nn.Conv2d(COLOURS, COLOURS * dim, cell, stride=cell, groups=COLOURS)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 3, N, D)."""
+        """(B, 3, H, W) -> (3, B, N, D)."""
         side, weight = self.cell, rearrange(self.proj.weight, "(c d) 1 p q -> c (p q) d", c=COLOURS)
         cells = rearrange(image, "b c (h p) (w q) -> c (b h w) (p q)", p=side, q=side)
         bias = rearrange(cast(Tensor, self.proj.bias), "(c d) -> c 1 d", c=COLOURS)
-        return rearrange(torch.baddbmm(bias, cells, weight), "c (b n) d -> b c n d", b=len(image))
+        return rearrange(torch.baddbmm(bias, cells, weight), "c (b n) d -> c b n d", b=len(image))
 
 
 class NKATEmbed(PatchEmbed):
     """Image -> tokens: Color-wise LayerNorm, ConvStem, then timm's patch embedding on the stem's map.
 
     With split heads the three colour streams are stacked before the fused tokens, so that everything between here
-    and block 0 (positions, dropout) treats the four alike.
+    and block 0 (positions, dropout) treats the four alike. Streams come first: so each is contiguous.
     """
 
     def __init__(
@@ -126,13 +126,13 @@ class NKATEmbed(PatchEmbed):
         return height, width
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, 32, 32) -> (B, N, D), or (B, 4, N, D) with split heads (red, green, blue, fused)."""
+        """(B, 3, 32, 32) -> (B, N, D), or (4, B, N, D) with split heads (red, green, blue, fused)."""
         if image.shape[1:] != (COLOURS, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"images are {tuple(image.shape)}; expected (B, {COLOURS}, {IMAGE_SIZE}, {IMAGE_SIZE})")
         fused = self._patches(self.stem(self.color_norm(image)))
         if self.colours is None:
             return fused
-        return torch.cat([self.colours(image), fused.unsqueeze(1)], dim=1)
+        return torch.cat([self.colours(image), fused.unsqueeze(0)])
 
     def _patches(self, x: Tensor) -> Tensor:
         """The patch convolution as one matrix product: tokens come out contiguous, not as a transposed map."""

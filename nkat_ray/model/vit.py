@@ -91,8 +91,8 @@ class NKATBlock(nn.Module):
         self.ls2 = ResidualScalar()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D), or (B, 4, N, D) into split heads -> (B, N, D)."""
-        fused = x[:, -1] if self.split_heads else x
+        """(B, N, D), or (4, B, N, D) into split heads -> (B, N, D)."""
+        fused = x[-1] if self.split_heads else x
         x = fused + self.ls1(self.attn(self.norm1(x)))
         out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return out

@@ -88,7 +88,7 @@ def test_tokens_are_the_patch_convolution(options, tokens):
 
 def test_colour_streams_are_a_grouped_convolution_on_the_tokens_grid():
     layer = ColourEmbed(16, cell=8)
-    expected = layer.proj(images()).view(2, 3, 16, 16).mT  # (B, colour, N, D)
+    expected = layer.proj(images()).view(2, 3, 16, 16).mT.transpose(0, 1)  # (colour, B, N, D)
     torch.testing.assert_close(layer(images()), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -97,8 +97,8 @@ def test_split_heads_stack_red_green_blue_and_fused_tokens():
     red, other = images(), images(seed=1)
     red[:, 0] = other[:, 0]
     before, after = layer(images()), layer(red)
-    same = [torch.equal(before[:, stream], after[:, stream]) for stream in range(4)]
-    assert before.shape == (2, 4, 16, 16)
+    same = [torch.equal(before[stream], after[stream]) for stream in range(4)]
+    assert before.shape == (4, 2, 16, 16)
     assert same == [False, True, True, False]  # the colours are read before Color-wise LayerNorm mixes them
 
 
