@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import time
 import traceback
@@ -89,7 +90,11 @@ def start(config: RunConfig, fixed: Collection[str], console: Console) -> int:
     datasets = open_datasets(config, console)
     with storage.lock():
         write_config(storage, config, fixed, datasets)
-        return _drive(config, tuple(fixed), datasets, storage, console)
+        try:
+            return _drive(config, tuple(fixed), datasets, storage, console)
+        except UsageError:  # the cluster showed what the flags could not: as if it had never begun
+            shutil.rmtree(storage.local)
+            raise
 
 
 def saved_config(storage_path: str, name: str | None) -> tuple[RunConfig, tuple[str, ...]]:
@@ -144,15 +149,19 @@ def open_datasets(config: RunConfig, console: Console) -> dict[str, Dataset | Mi
     def notice(text: str) -> None:
         console.print(f"note: {text}", style="yellow", markup=False, highlight=False)
 
-    synthetic = config.preset == "quick"
-    # Stage 1's dataset first: without it nothing else need be looked for.
-    names = sorted(config.datasets, key=lambda name: name != STAGE1_DATASET)
     found: dict[str, Dataset | Missing] = {}
-    for name in names:
-        found[name] = open_dataset(name, config, allow_synthetic=synthetic, notice=notice)
-        if name == STAGE1_DATASET and isinstance(found[name], Missing):
+    # Stage 1's dataset first: without it nothing else need be looked for, and if it is generated, so are the others:
+    # scores over real and generated images together would say nothing about either.
+    for name in sorted(config.datasets, key=lambda name: name != STAGE1_DATASET):
+        first = name == STAGE1_DATASET
+        found[name] = dataset = open_dataset(
+            name, config, allow_synthetic=first and config.preset == "quick", notice=notice
+        )
+        if first and isinstance(dataset, Missing):
             advice = "give --data_dir, or try it out with --preset quick --data synthetic"
-            raise UsageError(f"{STAGE1_DATASET} cannot be had: {found[name].reason}; {advice}")  # type: ignore[union-attr]
+            raise UsageError(f"{STAGE1_DATASET} cannot be had: {dataset.reason}; {advice}")
+        if first and isinstance(dataset, Dataset) and dataset.source.startswith("synthetic"):
+            config = dataclasses.replace(config, data="synthetic")
     for name, dataset in found.items():
         if isinstance(dataset, Missing):
             notice(f"{name} is missing and will lower Robustness: {dataset.reason}")
