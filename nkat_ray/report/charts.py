@@ -181,7 +181,7 @@ def slice_of(name: str, points: Sequence[tuple[Any, float, bool]], values: Seque
                 "hovertemplate": "%{x}: %{y:.3f}<extra></extra>",
             }
         )
-    layout = _layout(_text(name), "Local TPE")
+    layout = _layout(_text(name), "")
     if choice:
         order = [_text(value) for value in values]
         layout["xaxis"] |= {"type": "category", "categoryorder": "array", "categoryarray": order}

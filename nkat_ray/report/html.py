@@ -165,6 +165,9 @@ def _head(run: Run) -> str:
 
 
 def _miss(run: Run) -> str:
+    passed = [row["trial"] for row in run.trials if row.get("passed_gate")]
+    if passed:
+        return f"{len(passed)} of {len(run.trials)} trials passed the gate so far."
     miss = results.nearest_miss(run.trials, run.gate)
     if miss is None:
         return "No trial has a score."
@@ -360,7 +363,10 @@ def _importance(run: Run, page: Page) -> list[str]:
         for name in shown
     ]
     parts.append(f'<div class="many">{"".join(f"<div>{item}</div>" for item in slices)}</div>')
-    parts.append('<p class="soft">A hollow mark is a trial that was stopped early: its last value.</p>')
+    parts.append(
+        '<p class="soft">Local TPE of each trial against one parameter. A hollow mark is a trial that was stopped '
+        "early: its last value.</p>"
+    )
     return parts
 
 

@@ -1,8 +1,8 @@
 """A run as TensorBoard reads it: scalars and HParams for every trial, one run that compares; no TensorFlow, no torch.
 
-Layout: `trial_0003/` for each trial, `stage2/` for the comparison, the folder itself for what HParams and Custom
-Scalars need to know of all. TensorBoard's own event writer is used; the few summaries whose builders import TensorFlow
-are put together from the same protos here.
+Layout: `trial_0003/` for each trial, `stage2/` and `compare/` for the comparison, the folder itself for what HParams and
+Custom Scalars need to know of all. TensorBoard's own event writer is used; the few summaries whose builders import
+TensorFlow are put together from the same protos here.
 """
 
 import io
@@ -45,6 +45,7 @@ END_METRICS: Final = {
 }
 FAILED: Final = ("nan", "error")
 STAGE2_RUN: Final = "stage2"
+COMPARED: Final = "compare/local_tpe"
 
 
 class TensorBoardLog:
@@ -65,7 +66,7 @@ class TensorBoardLog:
         fresh = not any(folder.glob("events.out.tfevents.*"))
         folder.mkdir(parents=True, exist_ok=True)
         if fresh:
-            _write_once(folder, [_experiment(space), _layout()])
+            _write_anew(folder, {0: [_experiment(space), _layout()]})
 
     def __enter__(self) -> Self:
         return self
@@ -117,9 +118,6 @@ class TensorBoardLog:
         """
         for trial in sorted({row["trial"] for row in stage2}):
             self._survivor(trial, stage2)
-        folder = self._folder / STAGE2_RUN
-        for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()
         winner = summary["winner"]["trial"] if summary.get("winner") else None
         values = [
             _text("verdict", results.verdict_of(summary, stage2).sentence),
@@ -129,11 +127,11 @@ class TensorBoardLog:
             values.append(_text("notice", "\n\n".join(f"**{notice}**" for notice in notices)))
         if winner is not None:
             values += _winner_values(stage2, winner)
-        writer = EventFileWriter(str(folder))
-        _add(writer, values)
-        for epoch, points in _comparison(curves, winner, summary["gate"]).items():
-            _add(writer, _scalars(points, keep_nan=True), step=epoch)
-        writer.close()
+        _write_anew(self._folder / STAGE2_RUN, {0: values})
+        for name, points in _comparison(curves, winner, summary["gate"]).items():
+            if points:
+                steps = {epoch: _scalars({COMPARED: value}, keep_nan=True) for epoch, value in points.items()}
+                _write_anew(self._folder / "compare" / name, steps)
 
     def close(self) -> None:
         """Write out and close what is open; trials that have not ended have no HParams session yet."""
@@ -198,14 +196,15 @@ def _winner_values(stage2: Sequence[Mapping[str, Any]], winner: int) -> list[Any
     return [*_scalars(points), _image("datasets", _bars(stage2, winner))]
 
 
-def _comparison(curves: Iterable[Mapping[str, Any]], winner: int | None, gate: float) -> dict[int, dict[str, Any]]:
-    """Local TPE of the baseline (trial 0) and the winner, and the gate, by epoch."""
-    points: dict[int, dict[str, Any]] = {}
+def _comparison(curves: Iterable[Mapping[str, Any]], winner: int | None, gate: float) -> dict[str, dict[int, float]]:
+    """Local TPE by epoch of the baseline (trial 0) and the winner, and the gate: a run each, so a colour each."""
+    lines: dict[str, dict[int, float]] = {"baseline": {}, "winner": {}}
     for row in curves:
-        names = [name for name, trial in (("baseline", 0), ("winner", winner)) if row["trial"] == trial]
-        for name in names:
-            points.setdefault(row[EPOCH], {"compare/gate": gate})[f"compare/{name}"] = row[LOCAL_TPE]
-    return dict(sorted(points.items()))
+        for name, trial in (("baseline", 0), ("winner", winner)):
+            if row["trial"] == trial:
+                lines[name][row[EPOCH]] = row[LOCAL_TPE]
+    epochs = sorted({epoch for points in lines.values() for epoch in points})
+    return {**lines, "gate": dict.fromkeys(epochs, gate)}
 
 
 def _bars(stage2: Sequence[Mapping[str, Any]], winner: int) -> Image.Image:
@@ -237,9 +236,13 @@ def _add(writer: EventFileWriter, values: Sequence[Any], step: int = 0) -> None:
         writer.add_event(event_pb2.Event(step=step, wall_time=time.time(), summary=summary))
 
 
-def _write_once(folder: Path, values: Sequence[Any]) -> None:
+def _write_anew(folder: Path, steps: Mapping[int, Sequence[Any]]) -> None:
+    """A run's values by step, in place of what an earlier report wrote there."""
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
     writer = EventFileWriter(str(folder))
-    _add(writer, values)
+    for step, values in sorted(steps.items()):
+        _add(writer, values, step=step)
     writer.close()
 
 
@@ -279,7 +282,7 @@ def _layout() -> Any:
             layout_pb2.Category(
                 title="Stage 1",
                 chart=[
-                    chart("Local TPE: baseline, winner and gate", r"^compare/.*"),
+                    chart("Local TPE: baseline, winner and gate", f"^{COMPARED}$"),
                     chart("Local TPE of every trial", r"^val/local_tpe$"),
                     chart("Validation accuracy of every trial", r"^val/accuracy$"),
                     chart("Training loss of every trial", r"^train/loss$"),

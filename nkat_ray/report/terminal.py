@@ -380,7 +380,8 @@ class Progress:
 
     def _render(self) -> RenderableType:
         with self._lock:
-            parts: list[RenderableType] = [Text(self._header, style="bold"), Text(f"data: {self._data}", style="dim")]
+            data = Text(f"data: {self._data}", style="dim", no_wrap=True, overflow="ellipsis")
+            parts: list[RenderableType] = [Text(self._header, style="bold"), data]
             parts.append(self._bar_line())
             if self._running and not self._stage2_total:
                 parts.append(self._running_table())

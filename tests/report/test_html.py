@@ -104,6 +104,7 @@ def test_a_run_still_going_has_a_report(make_run: Callable[..., Any]) -> None:
     page = outline(write_report(run.folder))
     assert "This run has not ended" in page.said
     assert "Undecided" in page.said
+    assert "3 of 8 trials passed the gate so far" in page.said
     for file in (tables.CURVES_FILE, tables.TRIALS_FILE):
         (run.folder / file).unlink()
         assert "No trial" in outline(write_report(run.folder)).said or file == tables.CURVES_FILE

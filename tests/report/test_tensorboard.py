@@ -133,8 +133,11 @@ def test_stage2_run_holds_the_table_and_the_comparison(make_run: Callable[..., A
     (text,) = events.Tensors("scores")
     assert text.tensor_proto.string_val[0].decode() == markdown_table(run.stage2, 0)
     assert "| Global TPE (4 of 4) | 0.53 | 0.619 | >= 0.70 | -0.081 |" in markdown_table(run.stage2, 0)
-    assert [event.value for event in events.Scalars("compare/gate")] == [pytest.approx(0.42)] * 12
-    assert [event.step for event in events.Scalars("compare/winner")] == list(range(1, 13))
+    assert scalars(tmp_path / "compare" / "gate", "compare/local_tpe") == [
+        (n, pytest.approx(0.42)) for n in range(1, 13)
+    ]
+    winner = [(row["epoch"], pytest.approx(row["local_tpe"])) for row in run.curves if row["trial"] == 0]
+    assert scalars(tmp_path / "compare" / "winner", "compare/local_tpe") == winner
     assert events.Scalars("accuracy/mnist")[0].value == pytest.approx(0.985)
     (image,) = events.Images("datasets")
     assert image.encoded_image_string.startswith(b"\x89PNG")
@@ -145,7 +148,7 @@ def test_custom_scalars_layout_puts_baseline_winner_and_gate_into_one_chart(tmp_
     events = EventAccumulator(str(tmp_path)).Reload()
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert layout.category[0].chart[0].multiline.tag[:] == ["^compare/.*"]
+    assert layout.category[0].chart[0].multiline.tag[:] == ["^compare/local_tpe$"]
 
 
 def test_a_run_without_survivors_still_has_its_verdict(make_run: Callable[..., Any], tmp_path: Path) -> None:
