@@ -1,7 +1,7 @@
 """A run as TensorBoard reads it: scalars and HParams for every trial, one run that compares; no TensorFlow, no torch.
 
-Layout: `trial_0003/` for each trial, `stage2/` and `compare/` for the comparison, the folder itself for what HParams and
-Custom Scalars need to know of all. TensorBoard's own event writer is used; the few summaries whose builders import
+Layout: `trial_0003/` for each trial, `stage2/` and `compare/` for the comparison, the folder itself for what HParams
+and Custom Scalars need to know of all. The event writer is TensorBoard's own; the few summaries whose builders import
 TensorFlow are put together from the same protos here.
 """
 
