@@ -253,18 +253,22 @@ def timeline(trials: Rows, curves: Rows) -> Figure:
 
 def trial_spans(trials: Rows, curves: Rows) -> dict[int, tuple[str, float, float]]:
     """Node, start and end of each trial that started, in seconds; one still running ends with its last epoch."""
-    last: dict[int, float] = {}
-    for point in curves:
-        if point.get("started_s") is not None and point.get("epoch_s") is not None:
-            last[point["trial"]] = max(last.get(point["trial"], 0.0), point["started_s"] + point["epoch_s"])
     spans = {}
     for row in trials:
         start = row.get("started_s")
-        if start is None:
-            continue
-        end = start + row["wall_s"] if row.get("wall_s") is not None else max(last.get(row["trial"], start), start)
-        spans[row["trial"]] = (str(row.get("node") or "?"), float(start), float(end))
+        if start is not None:
+            wall_s = row.get("wall_s")
+            length = _epochs_s(row["trial"], curves) if wall_s is None else wall_s
+            spans[row["trial"]] = (str(row.get("node") or "?"), float(start), float(start + length))
     return spans
+
+
+def _epochs_s(trial: int, curves: Rows) -> float:
+    """Seconds from the start of a trial's first epoch to the end of its last; the clock's zero does not matter."""
+    mine = [row for row in curves if row["trial"] == trial and None not in (row.get("started_s"), row.get("epoch_s"))]
+    if not mine:
+        return 0.0
+    return float(max(row["started_s"] + row["epoch_s"] for row in mine) - min(row["started_s"] for row in mine))
 
 
 def pack_lanes(spans: Mapping[int, tuple[str, float, float]]) -> dict[int, tuple[str, int]]:
