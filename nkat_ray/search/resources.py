@@ -40,7 +40,8 @@ class Share:
 
 
 def parameter_estimate(config: TrialConfig) -> int:
-    """Parameters of the network without building it: blocks and embeddings, biases left out (within 3 %)."""
+    """Parameters of the network without building it: blocks and embeddings, biases and stem left out (within
+    10 % in the search spaces)."""
     block = (4 + 2 * config.mlp_ratio) * config.embed_dim**2
     return int(config.depth * block + config.tokens * config.embed_dim)
 

@@ -5,8 +5,11 @@ they lie in a local folder that is copied up at snapshots and at the end, and fe
 """
 
 import os
+import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import pyarrow.fs
@@ -58,21 +61,19 @@ class RunStorage:
                 (self.local / inside).parent.mkdir(parents=True, exist_ok=True)
                 pyarrow.fs.copy_files(info.path, str(self.local / inside), source_filesystem=filesystem)
 
-    def lock(self) -> FileLock:
-        """Hold the run's folder for this driver.
+    def lock(self) -> AbstractContextManager[Any]:
+        """Hold the run's folder for this driver, until the end of a `with` block.
 
         Raises:
             RunHeld: another live driver holds it.
         """
         self.local.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.local / LOCK_FILE)
         try:
-            lock.acquire(timeout=0)
+            return FileLock(self.local / LOCK_FILE).acquire(timeout=0)  # a lock itself would be taken twice by `with`
         except Timeout as error:
             raise RunHeld(
                 f"{self.local} is held by another live driver; wait for it to end, or choose another --name"
             ) from error
-        return lock
 
 
 class RunHeld(ValueError):
@@ -93,7 +94,8 @@ def newest_run(storage_path: str) -> str | None:
     if is_uri(storage_path):
         filesystem, path = pyarrow.fs.FileSystem.from_uri(storage_path)
         infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True))
-        found = [(info.mtime, Path(info.path).parent.name) for info in infos if Path(info.path).name == CONFIG_FILE]
+        parts = [(info.mtime, Path(os.path.relpath(info.path, path)).parts) for info in infos]
+        found = [(mtime, inside[0]) for mtime, inside in parts if inside[1:] == (CONFIG_FILE,)]  # not best/config.json
         return max(found)[1] if found else None
     runs = Path(storage_path).expanduser().glob(f"*/{CONFIG_FILE}")
     newest = max(runs, key=lambda path: path.stat().st_mtime, default=None)
@@ -116,15 +118,13 @@ def check_writable(storage_path: str) -> None:
         return
     path = Path(storage_path).expanduser().absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    try:  # permissions alone do not tell: root, /proc, a read-only file system, a full disk
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
+    except OSError as error:
         raise ValueError(
-            f"storage_path is {storage_path!r}; {existing} cannot be written; choose another --storage_path"
-        )
-    read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
-    if read_only:
-        raise ValueError(
-            f"storage_path is {storage_path!r}; its file system is read-only; choose another --storage_path"
-        )
+            f"storage_path is {storage_path!r}; {existing} cannot be written ({error.strerror}); "
+            "choose another --storage_path"
+        ) from error
 
 
 def check_owner(folder: Path) -> None:
