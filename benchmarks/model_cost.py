@@ -1,9 +1,10 @@
 """Cost of a training step: NKAT-ViT against timm's plain VisionTransformer, same stem, width, depth and tokens.
 
-Forward, loss and backward; runs of the contenders are interleaved, medians of the times are compared. Targets: at most
-1.2 times plain at 16 tokens, 1.35 at 64 and 256. Plain has the same dropout; a last column compares with plain without
-any dropout on attention, which SDPA computes several times faster on a CPU. The second table is the extra cost of
-Split-Head Attention (the notes claim 5 %), in time and in FLOPs. The default takes about three minutes on two cores.
+Forward, loss and backward; the contenders' runs are interleaved and the medians of their times compared (on a CPU the
+process's own CPU time). Targets: at most 1.2 times plain at 16 tokens, 1.35 at 64 and 256. Plain has the same dropout; a
+last column compares with plain without any dropout on attention, which SDPA computes several times faster on a CPU. The
+second table is the extra cost of Split-Head Attention (the notes claim 5 %), in time and in FLOPs. The default takes
+about three minutes on two cores.
 
     python benchmarks/model_cost.py --threads 1
 """
@@ -49,7 +50,7 @@ class Options:
     """Attention heads; split heads are measured at 8 only."""
     batch_tokens: int = 512
     """Tokens a batch: the batch size is this over the tokens of an image."""
-    repeats: int = 15
+    repeats: int = 11
     """Timed steps of each contender."""
     threads: int = 1
     """CPU threads, >= 1."""
@@ -109,11 +110,15 @@ def training_step(model: nn.Module, options: Options, batch: int) -> Callable[[]
 
 
 def seconds(step: Callable[[], None], device: str) -> float:
-    """Wall time of one step, the device's work included."""
+    """Time of one step: the process's own CPU time, which other work on the machine hardly moves; wall time on CUDA."""
+    if device == "cpu":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     step()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -185,4 +190,4 @@ if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    measure(options, Console())
+    measure(options, Console(width=110))
