@@ -1,10 +1,10 @@
 """Cost of a training step: NKAT-ViT against timm's plain VisionTransformer, same stem, width, depth and tokens.
 
 Forward, loss and backward; the contenders' runs are interleaved and the medians of their times compared (on a CPU the
-process's own CPU time). Targets: at most 1.2 times plain at 16 tokens, 1.35 at 64 and 256. Plain has the same dropout; a
-last column compares with plain without any dropout on attention, which SDPA computes several times faster on a CPU. The
-second table is the extra cost of Split-Head Attention (the notes claim 5 %), in time and in FLOPs. The default takes
-about three minutes on two cores.
+process's own CPU time). Targets: at most 1.2 times plain at 16 tokens, 1.35 at 64 and 256. Plain has the same dropout;
+a last column compares with plain without any dropout on attention, which SDPA computes several times faster on a CPU.
+The second table is the extra cost of Split-Head Attention (the notes claim 5 %), in time and in FLOPs.
+The default takes about three minutes on two cores.
 
     python benchmarks/model_cost.py --threads 1
 """
