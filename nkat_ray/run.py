@@ -417,7 +417,7 @@ def write_tables(folder: Path, config: RunConfig, state: RunState) -> None:
         "seed": config.seed,
     }
     tables.write_trials(folder / "trials.parquet", trial_rows(state, config), metadata=about)
-    tables.write_curves(folder / "curves.parquet", curve_rows(state.trials.values()), metadata=about)
+    tables.write_curves(folder / "curves.parquet", curve_rows(state), metadata=about)
     tables.write_stage2(folder / "stage2.parquet", stage2_rows(state), metadata=about)
 
 
@@ -434,8 +434,7 @@ def _finish(run: _Run, code: int) -> None:
         rows = stage2_rows(state)
         summary = summarise(run.config, state, describe_data(run.datasets), code)
         tables.write_summary(folder / "summary.json", summary)
-        if rows:
-            run.board.stage2(summary, trial_rows(state, run.config), rows, curve_rows(state.trials.values()))
+        run.board.stage2(summary, trial_rows(state, run.config), rows, curve_rows(state))
         run.board.close()
         write_report(folder)
         run.journal.close()

@@ -11,6 +11,7 @@ from nkat_ray.report import tables
 from nkat_ray.report.html import compare, write_report
 from nkat_ray.report.terminal import final_report
 from nkat_ray.search.journal import read_state
+from nkat_ray.search.rows import trial_rows
 from nkat_ray.search.storage import CONFIG_FILE
 
 
@@ -35,7 +36,6 @@ def report(config: ReportConfig, console: Console) -> int:
     for folder in config.runs:
         if not (folder / CONFIG_FILE).exists():
             raise ValueError(f"run is {str(folder)!r}; that folder holds no run ({CONFIG_FILE} is missing)")
-        _bring_up_to_date(folder)
     if len(config.runs) > 1:
         page = compare(*config.runs, out=config.out or Path("comparison.html"))
     else:
@@ -45,26 +45,17 @@ def report(config: ReportConfig, console: Console) -> int:
     return 0
 
 
-def _bring_up_to_date(folder: Path) -> None:
-    """The tables of a run that has no summary yet, from its journal."""
-    from nkat_ray.run import config_of_json, summarise, write_tables
+def _print(folder: Path, console: Console) -> None:
+    """The terminal's report; of a run that is still going from its journal, without touching its files."""
+    from nkat_ray.run import config_of_json, print_report, stage2_rows, summarise
 
-    if (folder / "summary.json").exists():
+    if (folder / tables.SUMMARY_FILE).exists():
+        print_report(folder, console)
         return
     saved = json.loads((folder / CONFIG_FILE).read_text())
     run, state = config_of_json(saved), read_state(folder)
-    if state.attempts:
-        write_tables(folder, run, state)
-        tables.write_summary(folder / "summary.json.live", summarise(run, state, saved["data"], None))
-
-
-def _print(folder: Path, console: Console) -> None:
-    summary = folder / "summary.json"
-    summary = summary if summary.exists() else folder / "summary.json.live"
-    if not summary.exists():
+    if not state.trials:
         console.print("the run has only begun: there is nothing to report yet")
         return
-    final_report(
-        tables.read_summary(summary), tables.read_trials(folder / "trials.parquet"),
-        tables.read_stage2(folder / "stage2.parquet"), console, folder=folder,
-    )  # fmt: skip
+    summary = summarise(run, state, saved["data"], None)
+    final_report(summary, trial_rows(state, run), stage2_rows(state), console, folder=folder)

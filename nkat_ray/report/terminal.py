@@ -142,6 +142,8 @@ def _counts_line(trials: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 
 def _miss_lines(summary: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Text:
     gate = summary["gate"]
+    if summary["survivors"]:
+        return Text("Stage 2 has no result yet.", style="bold")
     miss = results.nearest_miss(trials, gate)
     if miss is None:
         return Text("No trial passed the gate, and none has a score.", style="bold")

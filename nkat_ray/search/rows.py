@@ -1,7 +1,6 @@
 """From the journal's state to the rows of trials.parquet and curves.parquet (docs/spec.md section 8)."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -46,11 +45,12 @@ def trial_rows(state: RunState, run: RunConfig) -> list[dict[str, Any]]:
     return [trial_row(record, run, state) for _, record in sorted(state.trials.items())]
 
 
-def curve_rows(records: Iterable[TrialRecord]) -> list[dict[str, Any]]:
-    """All epochs of all trials, by trial and epoch; NaN where a score was not finite."""
+def curve_rows(state: RunState) -> list[dict[str, Any]]:
+    """All epochs of all trials, by trial and epoch; NaN where a score was not finite, started_s from the run's start."""
+    start = state.attempts[0][0] if state.attempts else 0.0
     return [
-        {"trial": record.trial, **{key: row[key] for key in CURVE_KEYS}}
-        for record in sorted(records, key=lambda r: r.trial)
+        {"trial": number, **{key: row[key] for key in CURVE_KEYS}, "started_s": row["started_s"] - start}
+        for number, record in sorted(state.trials.items())
         for _, row in sorted(record.curve.items())
     ]
 

@@ -69,19 +69,21 @@ def test_rows_are_in_order_of_number_and_epoch() -> None:
     late, early = record(11, curve={2: row(2), 1: row(1)}), record(2, curve={1: row(1)})
     state = state_of(late, early, attempts=[(0.0, 1.0)])
     assert [r["trial"] for r in trial_rows(state, RunConfig())] == [2, 11]
-    assert [(r["trial"], r["epoch"]) for r in curve_rows(state.trials.values())] == [(2, 1), (11, 1), (11, 2)]
+    assert [(r["trial"], r["epoch"]) for r in curve_rows(state)] == [(2, 1), (11, 1), (11, 2)]
 
 
 def test_no_trial_no_row() -> None:
     assert trial_rows(RunState(), RunConfig()) == []
-    assert curve_rows([]) == []
+    assert curve_rows(RunState()) == []
 
 
 def test_a_curves_row_holds_the_contracts_columns() -> None:
-    (found,) = curve_rows([record(4, curve={1: row(1, math.nan)})])
+    trial = record(4, curve={1: row(1, math.nan, started_s=130.0)})
+    (found,) = curve_rows(state_of(trial, attempts=[(100.0, 200.0)]))
     contract = {"trial", "epoch", "train_loss", "val_accuracy", "local_tpe", "lr", "images_per_s", "epoch_s"}
     assert contract <= set(found)
     assert math.isnan(found["local_tpe"])
+    assert found["started_s"] == 30.0  # from the run's start, as in trials.parquet
 
 
 # --- training share ---------------------------------------------------------------------------------------------------
