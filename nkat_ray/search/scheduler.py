@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from nkat_ray.metrics import EPOCH, LOCAL_TPE
 from nkat_ray.search.journal import TrialRecord
@@ -47,9 +47,15 @@ class ResumableASHA(AsyncHyperBandScheduler):
             if old in recorded:
                 recorded[trial.trial_id] = recorded.pop(old)
 
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Whether the trial goes on. A score that is not finite is the gate's business and never enters a rung."""
+        if not _finite(result.get(LOCAL_TPE)):
+            return str(TrialScheduler.CONTINUE)
+        return str(super().on_trial_result(tune_controller, trial, result))
+
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """The trial is over. A score that is not finite is the gate's business and never enters a rung."""
-        if math.isfinite(result.get(LOCAL_TPE, math.nan)):
+        """The trial is over; its last score counts in its rung if it is finite."""
+        if _finite(result.get(LOCAL_TPE)):
             super().on_trial_complete(tune_controller, trial, result)
 
     def _recall(self, record: TrialRecord) -> None:
@@ -58,6 +64,10 @@ class ResumableASHA(AsyncHyperBandScheduler):
             row = next((r for r in record.finite_rows() if r[EPOCH] >= milestone), None)
             if row is not None:
                 recorded[_key(record.trial)] = row[LOCAL_TPE]
+
+
+def _finite(score: Any) -> bool:
+    return score is not None and math.isfinite(score)
 
 
 def _key(trial: int) -> str:

@@ -5,6 +5,7 @@ told: COMPLETE for a trial that finished or passed the gate, PRUNED (with the va
 the gate stopped, FAIL for one whose score was not finite or that raised.
 """
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -76,8 +77,10 @@ class GatedOptunaSearch(OptunaSearch):
             mode="max",
             sampler=optuna.samplers.TPESampler(seed=sampler_seed, multivariate=True, constant_liar=True),
             study_name=STUDY_NAME,
-            storage=JournalStorage(JournalFileBackend(str(folder / STUDY_FILE))),
+            storage=JournalStorage(JournalFileBackend(str(_without_cut_line(folder / STUDY_FILE)))),
         )
+        if not space:  # all that could be searched is typed: the trials differ in their seeds alone
+            self._setup_study("max")
         self._unfinished = [record for record in journal.state.trials.values() if not record.ended]
         self._running: dict[str, int] = {}  # Tune's trial id -> trial number
         self._tell_what_is_known()
@@ -152,7 +155,7 @@ class GatedOptunaSearch(OptunaSearch):
         if number < len(self._points):
             self.study.enqueue_trial(dict(self._points[number]))
             return self._ask_once()
-        for _ in range(DUPLICATE_TRIES):
+        for _ in range(DUPLICATE_TRIES if self._distributions else 0):
             trial = self._ask_once()
             twin = self._twin(trial)
             if twin is None:
@@ -183,5 +186,15 @@ class GatedOptunaSearch(OptunaSearch):
             record = records.get(frozen.number)
             if record is not None and record.ended:
                 self.tell(record)
-            elif record is None and not frozen.state.is_finished():
-                self.study.tell(frozen.number, state=TrialState.FAIL)
+            elif record is None and not frozen.state.is_finished():  # may be WAITING, which `tell` refuses
+                self.study._storage.set_trial_state_values(frozen._trial_id, TrialState.FAIL)
+
+
+def _without_cut_line(path: Path) -> Path:
+    """Drop a last line that was cut short: Optuna would append to it and could never read the file again."""
+    if path.exists():
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(path, whole)
+    return path
