@@ -56,7 +56,7 @@ def cost(run: RunConfig, fixed: Collection[str], cluster: Cluster) -> dict[str, 
             f"{duration(run.num_samples * mean / rate)} at the {rate / 1e9:.0f} GFLOP/s measured here; ASHA and the "
             "gate stop most trials earlier"
         ),
-        "limit on Stage 1": "none" if run.stage1_hours is None else f"ends after {run.stage1_hours:g} hours all the same",
+        "limit on Stage 1": "none" if run.stage1_hours is None else f"it ends after {run.stage1_hours:g} hours",
     }
 
 

@@ -331,7 +331,9 @@ class Progress:
             self._stage2_done += 1
             done = f"{self._stage2_done} of {self._stage2_total} done, {self._time_line()}"
         if self._live is None:
-            figure = f"{row['status']}, validation accuracy {number(row.get('val_accuracy'))}"
+            tested = row.get("test_accuracy") is not None
+            what, accuracy = ("test", row["test_accuracy"]) if tested else ("validation", row.get("val_accuracy"))
+            figure = f"{row['status']}, {what} accuracy {number(accuracy)}"
             self._line(f"Stage 2: trial {trial} on {dataset}: {figure} | {done}")
 
     def seconds_left(self) -> float:

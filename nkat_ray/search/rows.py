@@ -46,7 +46,8 @@ def trial_rows(state: RunState, run: RunConfig) -> list[dict[str, Any]]:
 
 
 def curve_rows(state: RunState) -> list[dict[str, Any]]:
-    """All epochs of all trials, by trial and epoch; NaN where a score was not finite, started_s from the run's start."""
+    """All epochs of all trials, by trial and epoch; NaN where a score was not finite, started_s from the run's
+    start."""
     start = state.attempts[0][0] if state.attempts else 0.0
     return [
         {"trial": number, **{key: row[key] for key in CURVE_KEYS}, "started_s": row["started_s"] - start}
