@@ -72,54 +72,77 @@ class JournalCallback(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """An epoch, with the decision on it already taken."""
+        """An epoch, with the decision on it already taken. Both are written before anybody is told of either."""
         record = self._record(trial)
-        if LOCAL_TPE in result:
-            was_survivor = record.passed(self._gate)
-            row = {key: result.get(key) for key in ROW_KEYS}
-            name = result.get("checkpoint_dir_name")
-            path = f"{self._folder}/{trial.storage.trial_dir_name}/{name}" if name and trial.storage else None
-            self._journal.write("result", trial=record.trial, row=row, checkpoint=path)
+        was_survivor = record.passed(self._gate)
+        row = self._write_epoch(record, trial, result) if LOCAL_TPE in result else None
+        ended = bool(result.get("done")) and self._write_end(record, result.get(STOP_REASON), result.get(STOP_DETAIL))
+        if row is not None:
             self._listeners.on_result(record.trial, row)
-            if record.passed(self._gate) and not was_survivor:
-                self._listeners.on_survivor(record.trial)
-        if result.get("done"):
-            self._end(record, result.get(STOP_REASON), result.get(STOP_DETAIL))
+        if record.passed(self._gate) and not was_survivor:
+            self._listeners.on_survivor(record.trial)
+        if ended:
+            self._tell_end(record)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial's end; those that returned by themselves had no result that said so."""
         record = self._record(trial)
         last = trial.last_result or {}
-        self._end(record, last.get(STOP_REASON), last.get(STOP_DETAIL))
+        if self._write_end(record, last.get(STOP_REASON), last.get(STOP_DETAIL)):
+            self._tell_end(record)
         if not record.passed(self._gate):
             remove_checkpoints(record)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial that raised more often than it may be retried."""
-        error = trial.get_pickled_error() or trial.get_error()
-        self._end(self._record(trial), "error", None, error=one_line(error))
+        record, error = self._record(trial), trial.get_pickled_error() or trial.get_error()
+        if self._write_end(record, "error", None, error=one_line(error)):
+            self._tell_end(record)
 
     def _record(self, trial: Trial) -> TrialRecord:
         return self._journal.state.trials[trial.config["trial"]]
 
-    def _end(self, record: TrialRecord, reason: str | None, detail: str | None, *, error: str | None = None) -> None:
+    def _write_epoch(self, record: TrialRecord, trial: Trial, result: Mapping[str, Any]) -> dict[str, Any]:
+        row = {key: result.get(key) for key in ROW_KEYS}
+        name = result.get("checkpoint_dir_name")
+        path = f"{self._folder}/{trial.storage.trial_dir_name}/{name}" if name and trial.storage else None
+        self._journal.write("result", trial=record.trial, row=row, checkpoint=path)
+        return row
+
+    def _write_end(
+        self, record: TrialRecord, reason: str | None, detail: str | None, *, error: str | None = None
+    ) -> bool:
+        """Write the trial's end; False if it had ended before."""
         if record.ended:
-            return
+            return False
         reason, detail = self._reason(record, reason, detail)
         self._journal.write("end", trial=record.trial, stop_reason=reason, stop_detail=detail or error, error=error)
+        return True
+
+    def _tell_end(self, record: TrialRecord) -> None:
         self._tell(record)
         self._listeners.on_trial_end(record)
 
     def _reason(self, record: TrialRecord, reason: str | None, detail: str | None) -> tuple[str, str | None]:
         """The gate's reason or `error` as given; else what the trial's last epoch and the clock say."""
         last = max(record.curve, default=0)
-        if reason is not None and not (last == 0 and reason == "nan" and self._expired()):
+        score = record.curve[last][LOCAL_TPE] if last else math.nan
+        # A trial that returns without a new epoch shows the gate no metrics at all: its time was up, or an earlier
+        # driver was killed after its last epoch.
+        silent = reason == "nan" and (last == 0 or math.isfinite(score))
+        if reason is not None and not silent:
             return reason, detail
         if last >= self._max_epochs:
-            return "finished", f"epoch {last}: Local TPE {_best(record):.4f} >= gate {self._gate}"
+            passed = record.passed(self._gate)
+            sign = ">=" if passed else "<"
+            return (
+                "finished" if passed else "gate",
+                f"epoch {last}: Local TPE {_best(record):.4f} {sign} gate {self._gate}",
+            )
         if self._expired():
             return "budget", f"epoch {last}: Stage 1's time is used up"
-        score = record.curve[last][LOCAL_TPE] if last else math.nan
+        if silent:
+            return "nan", detail
         return "asha", f"epoch {last}: Local TPE {score:.4f} is not among the rung's best"
 
 
