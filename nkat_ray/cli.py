@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import tyro
 from rich.console import Console
 
-from nkat_ray.config import SPACES, RunConfig, TrainConfig, field_names
+from nkat_ray.config import SPACES, RunConfig, TrainConfig, default_storage_path, field_names
 
 BAD_INPUT, INTERRUPTED = 2, 130
 FREE_ON_RESUME = ("address", "data_dir", "dry_run", "resume", "verbose")  # may differ from the saved run
@@ -31,7 +31,7 @@ class _First:
     preset: str = "round2"
     resume: bool = False
     name: str | None = None
-    storage_path: str = "./runs"
+    storage_path: str = dataclasses.field(default_factory=default_storage_path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

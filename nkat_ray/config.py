@@ -236,6 +236,11 @@ def _default_data_dir() -> Path | None:
     return Path(folder) if folder else None
 
 
+def default_storage_path() -> str:
+    """Where runs are kept when nobody says: $NKAT_STORAGE_PATH (a cluster names its bucket so), else ./runs."""
+    return os.environ.get("NKAT_STORAGE_PATH") or "./runs"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_Checked):
     """Where images come from (docs/data.md)."""
@@ -277,8 +282,8 @@ class RunConfig(TrialConfig, DataConfig):
     """quick: minutes, to see it work; laptop: hours on CPU; round2: the search of the notes."""
     name: str | None = None
     """Name of the run's folder under storage_path. Default: <preset>-<UTC time>."""
-    storage_path: str = "./runs"
-    """Folder, or bucket URI, that every node can write."""
+    storage_path: str = dataclasses.field(default_factory=default_storage_path)
+    """Folder, or bucket URI, that every node can write. Default: $NKAT_STORAGE_PATH, else ./runs."""
     seed: int = 0
     """Seed of everything that is drawn, 0..2^32 - 1; a trial's own seed follows from it and the trial's number."""
     gate: float = 0.60

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from nkat_ray import __version__
-from nkat_ray.config import STAGE1_DATASET, RunConfig, field_names
+from nkat_ray.config import STAGE1_DATASET, RunConfig, default_storage_path, field_names
 from nkat_ray.data import Dataset, Missing, open_dataset, split_validation
 from nkat_ray.data.selection import select_images, training_limits
 from nkat_ray.metrics import GLOBAL_TARGETS
@@ -242,7 +242,7 @@ def _drive(
     _finish(run, code)
     if interrupted:
         command = f"python tune_round2.py --resume --name {config.name}"
-        path = "" if config.storage_path == "./runs" else f" --storage_path {config.storage_path}"
+        path = "" if config.storage_path == default_storage_path() else f" --storage_path {config.storage_path}"
         console.print(f"interrupted; continue with: {command}{path}", markup=False, soft_wrap=True)
     return code
 
