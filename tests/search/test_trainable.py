@@ -1,0 +1,333 @@
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ray import tune
+
+from nkat_ray.metrics import lambda_notes
+from nkat_ray.search import trainable
+from nkat_ray.search.callbacks import ROW_KEYS
+from nkat_ray.search.trainable import device_for, memory_for_trial, train_trial
+from nkat_ray.train.checkpoint import STATE_FILE, WEIGHTS_FILE, Weights, load_state
+from nkat_ray.train.loop import Trainer
+
+TIMES = ("epoch_s", "started_s", "images_per_s", "pid")  # of a row: everything else is the same in a repeated training
+
+
+class Stopped(Exception):
+    pass
+
+
+class FakeTune:
+    """What a trial asks of Tune, in this process: reports are kept, checkpoints copied as Tune stores them."""
+
+    Checkpoint = tune.Checkpoint
+
+    def __init__(self, folder: Path, *, stop_after: int | None = None, current: Path | None = None) -> None:
+        self.folder, self.stop_after, self.current = folder, stop_after, current
+        self.rows: list[dict[str, Any]] = []
+        self.checkpoints: list[Path | None] = []
+        self.resources: dict[str, float] = {"CPU": 1}
+
+    def get_context(self) -> Any:
+        return SimpleNamespace(get_trial_resources=lambda: SimpleNamespace(required_resources=self.resources))
+
+    def get_checkpoint(self) -> Any:
+        return None if self.current is None else tune.Checkpoint(str(self.current))
+
+    def report(self, row: dict[str, Any], checkpoint: Any = None) -> None:
+        self.rows.append(row)
+        stored = None
+        if checkpoint is not None:
+            stored = self.folder / f"checkpoint_{row['epoch']:06d}"
+            shutil.copytree(checkpoint.path, stored, dirs_exist_ok=True)
+        self.checkpoints.append(stored)
+        if len(self.rows) == self.stop_after:
+            raise Stopped
+
+
+@pytest.fixture
+def deposits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, bytes]]:
+    """What went to the vault."""
+    made: list[tuple[int, float, bytes]] = []
+    monkeypatch.setattr(trainable, "deposit", lambda _vault, *rest: made.append(rest))
+    return made
+
+
+@pytest.fixture
+def train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Callable[..., Any], tiny_data: Any, deposits: list[Any]
+) -> Callable[..., FakeTune]:
+    """Runs one trial of three epochs; options of FakeTune, `run` (changes), `resume_from`, `deadline_s`, `seed`."""
+
+    def go(
+        name: str = "trial", *, run: dict[str, Any] | None = None, resume_from: tuple[Path, ...] = (), seed: int = 1,
+        deadline_s: float = math.inf, memory_bytes: int = 2**33, **options: Any,
+    ) -> FakeTune:  # fmt: skip
+        fake = FakeTune(tmp_path / name, **options)
+        monkeypatch.setattr(trainable, "tune", fake)
+        params = {"trial": 4, "seed": seed, "resume_from": [str(path) for path in resume_from], "temperature": 0.8}
+        config = tiny_run(**{"epochs": 3, "dropout_attn": 0.1, "cutout": 8, **(run or {})})
+        try:
+            train_trial(
+                params, run=config, data=tiny_data, vault=None, deadline_s=deadline_s,  # type: ignore[arg-type]
+                memory_bytes=memory_bytes,
+            )  # fmt: skip
+        except Stopped:
+            assert options["stop_after"] is not None
+        return fake
+
+    return go
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
+    """Replaces the validation accuracy by given values, epoch by epoch."""
+
+    def script(values: list[float]) -> None:
+        monkeypatch.setattr(Trainer, "accuracy", lambda self, _images: values[self.epoch])
+
+    return script
+
+
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in TIMES}
+
+
+def cut_short(checkpoint: Path) -> None:
+    path = checkpoint / STATE_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_is_reported_with_a_checkpoint(train: Callable[..., FakeTune]) -> None:
+    fake = train()
+    assert [row["epoch"] for row in fake.rows] == [1, 2, 3]
+    assert all(set(ROW_KEYS) <= set(row) for row in fake.rows)
+    for path in fake.checkpoints:
+        assert path is not None
+        assert load_state(path)["best"] == max(
+            row["local_tpe"] for row in fake.rows[: load_state(path)["trainer"]["epoch"]]
+        )
+
+
+def test_the_score_is_tpe_under_the_runs_lambda(train: Callable[..., FakeTune], scripted: Any) -> None:
+    scripted([0.5, 0.5, 0.5])
+    for model, lam in (("notes", lambda_notes("tiny", 16)), ("counted", 4.0)):
+        (row, *_) = train(model, run={"lambda_model": model}).rows
+        assert row["lambda_theory"] == lam
+        assert row["local_tpe"] == pytest.approx(0.5 / math.log10(1 + lam))
+    assert row["nkat_parameters"] == 4
+
+
+def test_the_proposed_values_are_used(train: Callable[..., FakeTune]) -> None:
+    fake = train()
+    assert fake.checkpoints[0] is not None
+    weights = Weights.from_bytes((fake.checkpoints[0] / WEIGHTS_FILE).read_bytes())
+    assert (weights.config.temperature, weights.config.depth) == (0.8, 1)
+    assert (weights.seed, weights.dataset, weights.grey, weights.num_classes) == (1, "cifar10", False, 10)
+
+
+def test_the_seed_decides_whatever_ran_in_the_process_before(train: Callable[..., FakeTune]) -> None:
+    torch.manual_seed(123)
+    one = train("one")
+    torch.rand(7)
+    assert [timeless(row) for row in train("two").rows] == [timeless(row) for row in one.rows]
+    assert [timeless(row) for row in train("three", seed=2).rows] != [timeless(row) for row in one.rows]
+
+
+def test_after_the_deadline_it_returns_without_a_report(train: Callable[..., FakeTune]) -> None:
+    assert train(deadline_s=0.0).rows == []
+
+
+# --- best weights -----------------------------------------------------------------------------------------------------
+
+
+def test_the_vault_gets_what_passes_the_gate_and_only_what_is_better(
+    train: Callable[..., FakeTune], scripted: Any, deposits: list[Any]
+) -> None:
+    lam = lambda_notes("tiny", 16)
+    scripted([0.5, 0.7, 0.6, 0.7, 0.9])
+    fake = train(run={"epochs": 5, "gate": 0.51})
+    assert [(trial, score) for trial, score, _ in deposits] == [
+        (4, pytest.approx(0.7 / math.log10(1 + lam))),
+        (4, pytest.approx(0.9 / math.log10(1 + lam))),
+    ]
+    assert [Weights.from_bytes(payload).epoch for _, _, payload in deposits] == [2, 5]
+    best = [Weights.from_bytes((path / WEIGHTS_FILE).read_bytes()).epoch for path in fake.checkpoints if path]
+    assert best == [1, 2, 2, 2, 5]  # each checkpoint holds the best so far
+    assert [row["best_local_tpe"] for row in fake.rows] == [
+        pytest.approx(accuracy / math.log10(1 + lam)) for accuracy in (0.5, 0.7, 0.7, 0.7, 0.9)
+    ]
+
+
+def test_below_the_gate_nothing_goes_to_the_vault(
+    train: Callable[..., FakeTune], scripted: Any, deposits: list[Any]
+) -> None:
+    scripted([0.5, 0.6, 0.7])
+    train(run={"gate": 0.6})
+    assert deposits == []
+
+
+def test_the_threshold_exactly_reached_goes_to_the_vault(
+    train: Callable[..., FakeTune], scripted: Any, deposits: list[Any]
+) -> None:
+    scripted([0.3, 0.5, 0.5])
+    train(run={"gate": 0.5 / math.log10(1 + lambda_notes("tiny", 16))})
+    assert len(deposits) == 1
+
+
+def test_a_loss_that_is_not_finite_is_reported_as_nan_without_a_checkpoint(
+    train: Callable[..., FakeTune], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trainer._backward
+
+    def breaks(self: Trainer, *arguments: Any) -> Any:
+        return whole(self, *arguments) if self.epoch < 1 else torch.tensor(math.nan)
+
+    monkeypatch.setattr(Trainer, "_backward", breaks)
+    fake = train()
+    assert [row["epoch"] for row in fake.rows] == [1, 2]
+    assert math.isnan(fake.rows[1]["local_tpe"])
+    assert math.isnan(fake.rows[1]["val_accuracy"])
+    assert fake.rows[1]["best_local_tpe"] == fake.rows[0]["local_tpe"]
+    assert fake.checkpoints[0] is not None
+    assert fake.checkpoints[1] is None
+    assert all(t.isfinite().all() for t in load_state(fake.checkpoints[0])["trainer"]["model"].values())
+
+
+def test_a_trial_that_was_never_finite_has_no_best(train: Callable[..., FakeTune], monkeypatch: Any) -> None:
+    monkeypatch.setattr(Trainer, "_backward", lambda *_: torch.tensor(math.inf))
+    (row,) = train().rows
+    assert math.isnan(row["best_local_tpe"])
+
+
+# --- continuation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(train: Callable[..., FakeTune]) -> FakeTune:
+    """A trial that was never interrupted."""
+    return train("whole")
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_trial_of_an_earlier_driver_goes_on_bit_for_bit(
+    train: Callable[..., FakeTune], whole: FakeTune, epochs: int
+) -> None:
+    first = train("first", stop_after=epochs)
+    torch.manual_seed(99)  # another process, another random state
+    second = train("second", resume_from=tuple(reversed([path for path in first.checkpoints if path])))
+    assert [timeless(r) for r in first.rows + second.rows] == [timeless(r) for r in whole.rows]
+    one, other = (fake.checkpoints[-1] for fake in (second, whole))
+    assert one is not None
+    assert other is not None
+    assert (one / WEIGHTS_FILE).read_bytes() == (other / WEIGHTS_FILE).read_bytes()
+    assert load_state(one)["best"] == load_state(other)["best"]
+
+
+def test_after_a_fault_it_goes_on_from_tunes_checkpoint(train: Callable[..., FakeTune], whole: FakeTune) -> None:
+    first = train("first", stop_after=2)
+    second = train("second", current=first.checkpoints[1])
+    assert [timeless(row) for row in second.rows] == [timeless(row) for row in whole.rows[2:]]
+
+
+def test_tunes_checkpoint_is_newer_than_an_earlier_drivers(train: Callable[..., FakeTune], whole: FakeTune) -> None:
+    first = train("first", stop_after=2)
+    assert first.checkpoints[0] is not None
+    second = train("second", current=first.checkpoints[1], resume_from=(first.checkpoints[0],))
+    assert [row["epoch"] for row in second.rows] == [3]
+
+
+def test_where_the_newest_is_cut_short_the_one_before_is_used(train: Callable[..., FakeTune], whole: FakeTune) -> None:
+    """Tune hands over the newest alone; the one before lies beside it."""
+    first = train("first", stop_after=2)
+    before, newest = first.checkpoints
+    assert newest is not None
+    assert before is not None
+    cut_short(newest)
+    for options in ({"current": newest}, {"resume_from": (newest, before)}):
+        second = train(f"second-{len(str(options))}", **options)
+        assert [timeless(row) for row in second.rows] == [timeless(row) for row in whole.rows[1:]]
+
+
+def test_where_none_is_whole_it_starts_anew(train: Callable[..., FakeTune], whole: FakeTune, tmp_path: Path) -> None:
+    first = train("first", stop_after=1)
+    assert first.checkpoints[0] is not None
+    cut_short(first.checkpoints[0])
+    second = train("second", current=first.checkpoints[0], resume_from=(first.checkpoints[0], tmp_path / "gone"))
+    assert [timeless(row) for row in second.rows] == [timeless(row) for row in whole.rows]
+
+
+def test_a_trial_that_has_had_its_last_epoch_returns_at_once(train: Callable[..., FakeTune], whole: FakeTune) -> None:
+    assert whole.checkpoints[-1] is not None
+    assert train("again", resume_from=(whole.checkpoints[-1],)).rows == []
+
+
+def test_the_best_so_far_is_carried_over(train: Callable[..., FakeTune], scripted: Any, deposits: list[Any]) -> None:
+    scripted([0.8, 0.9, 0.6, 0.7])
+    first = train("first", stop_after=2, run={"epochs": 4, "gate": 0.5})
+    assert len(deposits) == 2
+    assert first.checkpoints[1] is not None
+    second = train("second", resume_from=(first.checkpoints[1],), run={"epochs": 4, "gate": 0.5})
+    assert len(deposits) == 2  # nothing better came
+    assert [row["best_local_tpe"] for row in second.rows] == [first.rows[1]["local_tpe"]] * 2
+    assert second.checkpoints[-1] is not None
+    assert Weights.from_bytes((second.checkpoints[-1] / WEIGHTS_FILE).read_bytes()).epoch == 2
+
+
+# --- its share of the machine -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("gpus", "cpus", "expected"), [(0.0, 2, 2), (0.5, 1, 1), (0.0, 0, 1)])
+def test_without_cuda_the_device_is_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: float, cpus: int, expected: int
+) -> None:
+    """Ray may count GPUs that are not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_for(gpus, cpus) == torch.device("cpu")
+    assert torch.get_num_threads() == expected
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("gpus", "fraction"), [(0.25, 0.25), (1.0, 1.0), (2.0, 1.0)])
+def test_a_share_of_a_gpu_limits_its_memory(monkeypatch: pytest.MonkeyPatch, gpus: float, fraction: float) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    assert device_for(gpus, 1) == torch.device("cuda")
+    assert limits == [fraction]
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_cpu_trial_beside_gpus_stays_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_for(0.0, 1) == torch.device("cpu")
+
+
+def test_with_little_memory_the_batch_is_computed_in_parts(train: Callable[..., FakeTune], whole: FakeTune) -> None:
+    fake = train(memory_bytes=0, stop_after=1)
+    sizes = [load_state(f.checkpoints[0])["trainer"]["micro_batch"] for f in (fake, whole) if f.checkpoints[0]]
+    assert sizes == [1, 32]
+
+
+@pytest.mark.parametrize(
+    ("node", "slots", "expected"), [(10_000, 1, 6000), (10_000, 4, 1500), (10_000, 0, 6000), (0, 2, 0)]
+)
+def test_memory_for_trial_shares_three_fifths_of_a_node(node: int, slots: int, expected: int) -> None:
+    assert memory_for_trial(node, slots) == expected
