@@ -18,7 +18,7 @@ from nkat_ray.config import STAGE1_DATASET, RunConfig
 from nkat_ray.data import Dataset, Missing, Split, stratified_subset
 from nkat_ray.data.selection import Selection, select_images, training_limits
 from nkat_ray.metrics import LAMBDA_MODELS, counts, lambda_theory, tpe_score, wilson_interval
-from nkat_ray.search.callbacks import one_line
+from nkat_ray.search.callbacks import NOTICES, one_line
 from nkat_ray.search.resources import Share
 from nkat_ray.search.vault import withdraw
 
@@ -78,12 +78,13 @@ def transfer_weights(
         correct = count_correct_of(source, val, device)
         figures = {"val_accuracy": correct / len(val), "n_val": len(val), "mode": "as trained"}
         return payload, {**figures, "seconds": time.perf_counter() - clock}
+    notices: list[str] = []
     moved = transfer(
         source, mode=run.transfer, epochs=run.transfer_epochs, lr=run.transfer_lr, dataset=task.dataset,
         train=ImageSet(selection.images, selection.labels, selection.train_index, device), val=val,
-        num_classes=task.num_classes, grey=task.grey, flip=task.flip, seed=seed, device=device, notice=print,
+        num_classes=task.num_classes, grey=task.grey, flip=task.flip, seed=seed, device=device, notice=notices.append,
     )  # fmt: skip
-    figures = {"val_accuracy": moved.val_accuracy, "n_val": moved.n_val, "mode": run.transfer}
+    figures = {"val_accuracy": moved.val_accuracy, "n_val": moved.n_val, "mode": run.transfer, NOTICES: notices}
     return moved.weights.to_bytes(), {**figures, "seconds": time.perf_counter() - clock}
 
 
@@ -181,6 +182,8 @@ def validate_survivors(
         except Exception as error:  # whatever a worker or its node died of counts against this dataset alone
             yield _row(survivor, name, found.classes, run, status="failed", error=one_line(error)), None
             continue
+        for text in figures.pop(NOTICES, ()):
+            notice(f"trial {survivor.trial} on {name}: {text}")
         status = "ok" if counts(figures["val_accuracy"], found.classes) else "failed"
         why = None if status == "ok" else f"at or below chance, 1 / {found.classes}"
         row = _row(survivor, name, found.classes, run, status=status, error=why)

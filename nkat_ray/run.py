@@ -31,7 +31,6 @@ from nkat_ray.report import results, tables
 from nkat_ray.report.html import write_report
 from nkat_ray.report.tensorboard import TensorBoardLog
 from nkat_ray.report.terminal import Progress, final_report
-from nkat_ray.search.callbacks import Listeners
 from nkat_ray.search.journal import Journal, RunState, TrialRecord
 from nkat_ray.search.rows import curve_rows, training_share, trial_row, trial_rows
 from nkat_ray.search.space import domains, refuse_impossible, round1_point
@@ -262,8 +261,8 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def _stages(run: _Run) -> int:
-    from nkat_ray.search.cluster import connected, describe_cluster, nodes_without
-    from nkat_ray.search.resources import slots
+    from nkat_ray.search.cluster import connected, describe_cluster, nodes_without, refuse_infeasible
+    from nkat_ray.search.resources import slots, trial_share
     from nkat_ray.search.vault import open_vault
 
     config = run.config
@@ -274,6 +273,10 @@ def _stages(run: _Run) -> int:
                 "with several nodes give a shared folder or a bucket URI"
             )
         cluster = describe_cluster()
+        try:
+            refuse_infeasible(trial_share(config.trial, config, cluster))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         vault = open_vault(str(config.name))
         progress = Progress(
             name=str(config.name), preset=config.preset, gate=config.gate, data=data_phrase(run.datasets),
@@ -291,6 +294,7 @@ def _stages(run: _Run) -> int:
 
 
 def _stage1(run: _Run, progress: Progress, *, cluster: Any, vault: Any) -> None:
+    from nkat_ray.search.callbacks import Listeners
     from nkat_ray.search.tuner import tune_stage1
 
     config, state = run.config, run.journal.state
@@ -312,7 +316,7 @@ def _stage1(run: _Run, progress: Progress, *, cluster: Any, vault: Any) -> None:
 
     listeners = Listeners(
         on_trial_start=progress.on_trial_start, on_result=on_result, on_trial_end=on_trial_end,
-        on_survivor=progress.on_survivor,
+        on_survivor=progress.on_survivor, on_notice=progress.notice,
     )  # fmt: skip
     tune_stage1(
         config, fixed=run.fixed, data=stage1_data(config, run.datasets), cluster=cluster, vault=vault,

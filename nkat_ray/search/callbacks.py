@@ -18,6 +18,8 @@ ROW_KEYS = (
     "node", "gpus", "cpus", "parameters", "nkat_parameters",
 )  # fmt: skip
 
+NOTICES = "notices"  # what the trial's training said since its last report
+
 
 def _nothing(*_: Any) -> None:
     pass
@@ -31,6 +33,7 @@ class Listeners:
     on_result: Callable[[int, Mapping[str, Any]], None] = _nothing  # trial, the curve's row
     on_trial_end: Callable[[TrialRecord], None] = _nothing
     on_survivor: Callable[[int], None] = _nothing  # the first time that a trial reaches the gate
+    on_notice: Callable[[str], None] = _nothing  # one line that a worker wants the user to know
 
 
 class JournalCallback(Callback):
@@ -79,6 +82,8 @@ class JournalCallback(Callback):
         ended = bool(result.get("done")) and self._write_end(record, result.get(STOP_REASON), result.get(STOP_DETAIL))
         if row is not None:
             self._listeners.on_result(record.trial, row)
+            for text in result.get(NOTICES) or ():
+                self._listeners.on_notice(f"trial {record.trial}: {text}")
         if record.passed(self._gate) and not was_survivor:
             self._listeners.on_survivor(record.trial)
         if ended:

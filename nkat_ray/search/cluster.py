@@ -10,7 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nkat_ray.config import RunConfig
-from nkat_ray.search.resources import Cluster, cluster_of
+from nkat_ray.search.resources import Cluster, Share, cluster_of, refuse_oversized
 
 HEAD_MARKER = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves its configuration on the head under this name
 SETTINGS = {
@@ -92,6 +92,16 @@ def _gpu_bytes() -> int | None:
     import torch
 
     return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None
+
+
+def refuse_infeasible(share: Share) -> None:
+    """Refuse a request that no node of a fixed cluster can meet; where nodes start on demand, one may come that can.
+
+    Raises:
+        ValueError: says what was asked for and what the largest node has.
+    """
+    if not HEAD_MARKER.expanduser().exists():
+        refuse_oversized(share, ray.nodes())
 
 
 def nodes_without(path: Path) -> list[str]:

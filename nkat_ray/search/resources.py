@@ -94,6 +94,22 @@ def slots(run: RunConfig, cluster: Cluster) -> int:
     return max(1, fit if run.max_concurrent is None else min(fit, run.max_concurrent))
 
 
+def refuse_oversized(share: Share, nodes: list[Mapping[str, Any]]) -> None:
+    """Refuse a request that no node can ever meet: Ray would wait for it in silence.
+
+    Raises:
+        ValueError: says what was asked for and what the largest node has.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    if any(node.get("CPU", 0) >= share.cpus and node.get("GPU", 0) >= share.gpus for node in alive):
+        return
+    cpus, gpus = (max(node.get(kind, 0) for node in alive) for kind in ("CPU", "GPU"))
+    raise ValueError(
+        f"a trial asks for {share.cpus} CPU and {share.gpus:g} GPU; the largest node has {cpus:g} CPU and {gpus:g} "
+        "GPU; choose a smaller --cpus_per_trial or --gpus_per_trial"
+    )
+
+
 def cpu_micro_batch(config: TrialConfig, *, memory_bytes: int) -> int:
     """Images at a time so that a CPU training fits into its part of the memory: at most the batch, at least 1."""
     state = 4 * STATE_COPIES * parameter_estimate(config)

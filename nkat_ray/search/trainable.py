@@ -4,7 +4,7 @@ import math
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from nkat_ray.config import RunConfig
 from nkat_ray.data.selection import Selection
 from nkat_ray.metrics import LOCAL_TPE, lambda_theory, tpe_score
 from nkat_ray.model import count_nkat_parameters, count_parameters, create_nkat_vit
+from nkat_ray.search.callbacks import NOTICES
 from nkat_ray.search.gate import BEST_LOCAL_TPE
 from nkat_ray.search.resources import CPU_MEMORY_FRACTION, cpu_micro_batch
 from nkat_ray.search.space import trial_config
@@ -72,7 +73,8 @@ def train_trial(
     resources = tune.get_context().get_trial_resources().required_resources
     cpus, gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0.0)
     device = device_for(gpus, cpus)
-    trainer = _trainer(params, run=run, data=data, device=device, deadline_s=deadline_s)
+    notices: list[str] = []
+    trainer = _trainer(params, run=run, data=data, device=device, deadline_s=deadline_s, notice=notices.append)
     if device.type == "cpu":
         trainer.micro_batch = cpu_micro_batch(trainer.config, memory_bytes=memory_bytes)
     lam = lambda_theory(
@@ -90,15 +92,22 @@ def train_trial(
             weights = trainer.weights(
                 dataset=data.name, grey=data.grey, val_accuracy=result.val_accuracy, seed=params["seed"]
             ).to_bytes()
-            if best >= run.gate:
-                deposit(vault, params["trial"], best, weights)
+            if best >= run.gate and not deposit(vault, params["trial"], best, weights):
+                notices.append("the vault is gone: the weights are kept on disk alone")
         row = {**asdict(result), LOCAL_TPE: score, BEST_LOCAL_TPE: best if best > -math.inf else math.nan, **facts}
         with _checkpoint(trainer, best, weights, finite=math.isfinite(score)) as checkpoint:
-            tune.report(row, checkpoint=checkpoint)
+            tune.report({**row, NOTICES: list(notices)}, checkpoint=checkpoint)
+        notices.clear()
 
 
 def _trainer(
-    params: Mapping[str, Any], *, run: RunConfig, data: Stage1Data, device: torch.device, deadline_s: float
+    params: Mapping[str, Any],
+    *,
+    run: RunConfig,
+    data: Stage1Data,
+    device: torch.device,
+    deadline_s: float,
+    notice: Callable[[str], None],
 ) -> Trainer:
     config = trial_config(run, params)
     torch.manual_seed(params["seed"])  # the process served another trial before
@@ -109,7 +118,7 @@ def _trainer(
     return Trainer(
         model, config, train=train, val=ImageSet(images, labels, data.selection.val_index, device),
         num_classes=data.num_classes, flip=data.flip, mean=mean, std=std, seed=params["seed"], device=device,
-        notice=print, deadline_s=deadline_s,
+        notice=notice, deadline_s=deadline_s,
     )  # fmt: skip
 
 
