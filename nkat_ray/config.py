@@ -447,13 +447,14 @@ SPACES: Mapping[str, Mapping[str, Domain]] = {
     },
 }
 
-# Round-1's best (docs/spec.md section 4), projected onto Round-2: the second enqueued trial.
+# Round-1's best (docs/spec.md section 4), the second enqueued trial once it is projected onto a space. Its stem and
+# patches are Round-2's nearest to what it had.
 ROUND1_BEST: Mapping[str, Any] = {
     "conv_stem": "off",
     "patch_size": 4,
-    "temperature": 0.6,  # 0.547 in Round-1, below Round-2's range
+    "temperature": 0.547,
     "top_k": 6,
-    "top_p": 0.80,  # 0.755 in Round-1, below Round-2's range
+    "top_p": 0.755,
     "nkat_strength": 0.00239,
     "nkat_decay": 0.9923,
     "lr": 2.35e-4,

@@ -6,7 +6,7 @@ once and for all survivors together, the test images are read.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from nkat_ray.config import STAGE1_DATASET, RunConfig
-from nkat_ray.data import Dataset, Missing, Split, stratified_subset
+from nkat_ray.data import DataError, Dataset, Missing, Split, stratified_subset
 from nkat_ray.data.selection import Selection, select_images, training_limits
 from nkat_ray.metrics import LAMBDA_MODELS, counts, lambda_theory, tpe_score, wilson_interval
 from nkat_ray.search.callbacks import NOTICES, one_line
@@ -100,24 +100,33 @@ def count_on_test(payload: bytes, split: Split, share: Share) -> tuple[int, int]
     return count_correct_of(Weights.from_bytes(payload), images, device), len(images)
 
 
-def survivor_payload(
-    survivor: Survivor, vault: ActorHandle[Any], notice: Callable[[str], None]
-) -> "ray.ObjectRef[bytes]":
-    """A survivor's weights by reference: the vault's, else read from disk with a notice.
+class WeightSource:
+    """Survivors' weights by reference, each fetched once: the vault's, else those on disk, with a notice.
 
-    Raises:
-        FileNotFoundError: neither has them.
+    Args:
+        vault: holds what the trials handed over.
+        notice: told when the disk had to help.
     """
-    held = withdraw(vault, survivor.trial)
-    if held is not None:
-        return held
-    payload = weights_on_disk(survivor.checkpoints)
-    if payload is None:
-        raise FileNotFoundError(
-            f"trial {survivor.trial}: no weights in the object store or in {list(survivor.checkpoints)}"
-        )
-    notice(f"trial {survivor.trial}: its weights were not in the object store and were read from disk")
-    return ray.put(payload)
+
+    def __init__(self, vault: ActorHandle[Any], notice: Callable[[str], None]) -> None:
+        self._vault, self._notice = vault, notice
+        self._held: dict[int, ray.ObjectRef[bytes] | None] = {}
+
+    def get(self, survivor: Survivor) -> "ray.ObjectRef[bytes] | None":
+        """Reference to the survivor's weights; None if neither the vault nor the disk has them."""
+        if survivor.trial not in self._held:
+            held = withdraw(self._vault, survivor.trial)
+            self._held[survivor.trial] = self.from_disk(survivor) if held is None else held
+        return self._held[survivor.trial]
+
+    def from_disk(self, survivor: Survivor) -> "ray.ObjectRef[bytes] | None":
+        """Reference to the weights as the disk has them, put anew: the object store has none, or has lost them."""
+        payload = weights_on_disk(survivor.checkpoints)
+        if payload is None:
+            return None
+        self._notice(f"trial {survivor.trial}: its weights were not in the object store and were read from disk")
+        self._held[survivor.trial] = reference = ray.put(payload)
+        return reference
 
 
 def weights_on_disk(checkpoints: Sequence[str]) -> bytes | None:
@@ -158,36 +167,68 @@ def validate_survivors(
         Rows of stage2.parquet (validation columns) as they finish, with the weights to be tested, None where there are
         none.
     """
-    pending: dict[Any, tuple[Survivor, str]] = {}
+    source, pending = WeightSource(vault, notice), dict[Any, _Job]()
     for name, dataset in datasets.items():
         todo = [survivor for survivor in survivors if (survivor.trial, name) not in done]
         if isinstance(dataset, Missing):
-            for survivor in todo:
-                yield _row(survivor, name, None, run, status="missing", error=dataset.reason), None
-        elif todo:
-            images = ray.put(select_images(dataset, training_limits(dataset, run)))
-            task = Task(dataset=name, num_classes=dataset.classes, grey=dataset.grey, flip=dataset.flip)
-            for survivor in todo:
-                payload = survivor_payload(survivor, vault, notice)
-                call = _remote(transfer_weights, survivor.share)
-                pending[call.remote(payload, images, task, run, _seed(run, survivor, name), survivor.share)] = (
-                    survivor,
-                    name,
-                )
-    for ref, (survivor, name) in _as_finished(pending):
-        found = datasets[name]
-        assert isinstance(found, Dataset)
+            yield from ((_row(s, name, None, run, status="missing", error=dataset.reason), None) for s in todo)
+            continue
+        try:
+            images = ray.put(_images(dataset, run)) if todo else None
+        except (DataError, OSError) as error:  # one dataset's fault is that dataset's alone
+            failed = {"status": "failed", "error": one_line(error)}
+            yield from ((_row(s, name, dataset.classes, run, **failed), None) for s in todo)
+            continue
+        for survivor in todo:
+            job, payload = _Job(survivor, dataset, images), source.get(survivor)
+            if payload is None:
+                yield _failed(job, "its weights are neither in the object store nor on disk", run), None
+            else:
+                pending[_submit(job, payload, run)] = job
+    for ref, job in _as_finished(pending):
         try:
             weights, figures = ray.get(ref)
+        except ray.exceptions.ObjectLostError as error:  # with the vault or its node: the disk still has the weights
+            payload = None if job.again else source.from_disk(job.survivor)
+            if payload is None:
+                yield _failed(job, one_line(error), run), None
+            else:
+                again = replace(job, again=True)
+                pending[_submit(again, payload, run)] = again
         except Exception as error:  # whatever a worker or its node died of counts against this dataset alone
-            yield _row(survivor, name, found.classes, run, status="failed", error=one_line(error)), None
-            continue
-        for text in figures.pop(NOTICES, ()):
-            notice(f"trial {survivor.trial} on {name}: {text}")
-        status = "ok" if counts(figures["val_accuracy"], found.classes) else "failed"
-        why = None if status == "ok" else f"at or below chance, 1 / {found.classes}"
-        row = _row(survivor, name, found.classes, run, status=status, error=why)
-        yield {**row, **_validated(survivor, figures, run, status)}, weights
+            yield _failed(job, one_line(error), run), None
+        else:
+            for text in figures.pop(NOTICES, ()):
+                notice(f"trial {job.survivor.trial} on {job.dataset.name}: {text}")
+            yield _validated(job, figures, run), weights
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One survivor on one dataset."""
+
+    survivor: Survivor
+    dataset: Dataset
+    images: Any  # reference to the Selection
+    again: bool = False  # sent out a second time, because its weights were lost
+
+
+def _images(dataset: Dataset, run: RunConfig) -> Selection:
+    """What the first half reads of a dataset; of CIFAR-10, which is scored as it is, hardly more than validation."""
+    limits = training_limits(dataset, run)
+    return select_images(
+        dataset, replace(limits, train_images=dataset.classes) if dataset.name == STAGE1_DATASET else limits
+    )
+
+
+def _submit(job: _Job, payload: "ray.ObjectRef[bytes]", run: RunConfig) -> "ray.ObjectRef[Any]":
+    dataset, survivor = job.dataset, job.survivor
+    task = Task(dataset=dataset.name, num_classes=dataset.classes, grey=dataset.grey, flip=dataset.flip)
+    call = _remote(transfer_weights, survivor.share)
+    reference: ray.ObjectRef[Any] = call.remote(
+        payload, job.images, task, run, _seed(run, survivor, dataset.name), survivor.share
+    )
+    return reference
 
 
 def test_survivors(
@@ -215,7 +256,11 @@ def test_survivors(
         if not todo or isinstance(dataset, Missing):
             continue
         limit = None if run.test_images is None else min(run.test_images, dataset.sizes["test"])
-        images = ray.put(dataset.load("test", stratified_subset(dataset.labels("test"), limit)))
+        try:
+            images = ray.put(dataset.load("test", stratified_subset(dataset.labels("test"), limit)))
+        except (DataError, OSError) as error:
+            yield from ({**row, "status": "failed", "error": one_line(error)} for row in todo)
+            continue
         for row in todo:
             share = survivors[row["trial"]].share
             call = _remote(count_on_test, share)
@@ -236,7 +281,8 @@ def payload_path(folder: Path, trial: int, dataset: str) -> Path:
 
 
 def _remote(function: Callable[..., Any], share: Share) -> Any:
-    return ray.remote(function).options(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=TASK_RETRIES)
+    # Given to the decorator: with `options` Ray would reuse a GPU worker, whose process keeps the memory it had.
+    return ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=TASK_RETRIES)(function)
 
 
 def _as_finished(pending: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
@@ -267,9 +313,17 @@ def _row(
     }
 
 
-def _validated(survivor: Survivor, figures: Mapping[str, Any], run: RunConfig, status: str) -> dict[str, Any]:
-    score = tpe_score(figures["val_accuracy"], survivor.lambdas()[run.lambda_model]) if status == "ok" else None
-    return {**figures, "val_tpe": score}
+def _failed(job: _Job, why: str, run: RunConfig) -> dict[str, Any]:
+    return _row(job.survivor, job.dataset.name, job.dataset.classes, run, status="failed", error=why)
+
+
+def _validated(job: _Job, figures: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
+    classes, accuracy = job.dataset.classes, figures["val_accuracy"]
+    if not counts(accuracy, classes):
+        return {**_failed(job, f"at or below chance, 1 / {classes}", run), **figures}
+    score = tpe_score(accuracy, job.survivor.lambdas()[run.lambda_model])
+    row = _row(job.survivor, job.dataset.name, classes, run, status="ok", error=None)
+    return {**row, **figures, "val_tpe": score}
 
 
 def _tested(survivor: Survivor, row: Mapping[str, Any], correct: int, n: int, run: RunConfig) -> dict[str, Any]:

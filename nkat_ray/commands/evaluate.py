@@ -12,10 +12,16 @@ from rich.console import Console
 
 from nkat_ray.config import AutoFloat, AutoInt, DataConfig, LambdaModel, OptionalInt, RunConfig, Transfer, field_names
 from nkat_ray.metrics import STAGE2_DATASETS
+from nkat_ray.outputs import FAULT, SURVIVED, data_phrase
+from nkat_ray.prepare import config_of_json, describe_data, open_datasets, refuse_other_data
 from nkat_ray.report import results, tables
 from nkat_ray.report.terminal import Progress, final_report
-from nkat_ray.search.journal import Journal, read_state
+from nkat_ray.run import survivor_of
+from nkat_ray.search.journal import JOURNAL_FILE, Journal, TrialRecord, read_state
+from nkat_ray.search.resources import Cluster, trial_share
 from nkat_ray.search.storage import CONFIG_FILE
+
+WEIGHTS_FILE = "weights.safetensors"  # as train.checkpoint spells it; torch is not loaded to refuse a flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,85 +58,100 @@ class EvaluateConfig(DataConfig):
     """Show Ray's own output too."""
 
 
+SHARED = sorted(set(field_names(EvaluateConfig)) & set(field_names(RunConfig)))  # flags that a run has too
+
+
+def with_defaults_of(target: Path) -> EvaluateConfig:
+    """What the command does by itself: a run is evaluated as it would evaluate itself, on its own data.
+
+    Raises:
+        ValueError: the target is neither a run nor a model.
+    """
+    if not _is_run(target):
+        if not (target / WEIGHTS_FILE).exists():
+            raise ValueError(f"target is {str(target)!r}; it is neither a run's folder nor a model with {WEIGHTS_FILE}")
+        return EvaluateConfig(target=target)
+    saved = config_of_json(json.loads((target / CONFIG_FILE).read_text()))
+    return EvaluateConfig(target=target, **{name: getattr(saved, name) for name in SHARED})
+
+
 def evaluate(config: EvaluateConfig, console: Console) -> int:
     """Evaluate and print the report; exit code 0, or 1 when no dataset counts.
 
     Raises:
-        ValueError: the target is neither a run with survivors nor a model; or the data cannot be had.
+        ValueError: the target has no survivor; or the data cannot be had, or are not those of the run.
     """
-    from nkat_ray.run import FAULT, SURVIVED, describe_data, evaluate_survivors, open_datasets
+    from nkat_ray.run import evaluate_survivors
     from nkat_ray.search.cluster import connected, describe_cluster
     from nkat_ray.search.vault import open_vault
 
     run = _run_config(config)
-    datasets = open_datasets(run, console)
+    records = _passed(config.target, run.gate) if _is_run(config.target) else []
     out = config.out or config.target / "evaluations" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        raise ValueError(f"out is {str(out)!r}; it exists; choose another folder")
+    run, datasets = open_datasets(run, console)
+    if _is_run(config.target):
+        saved = json.loads((config.target / CONFIG_FILE).read_text())["data"]
+        before = {name: saved.get(name, described) for name, described in describe_data(datasets).items()}
+        datasets = refuse_other_data(before, datasets)
+    out.mkdir(parents=True)
     (out / CONFIG_FILE).write_text(json.dumps(tables.plain(dataclasses.asdict(config)), indent=2) + "\n")
     journal = Journal(out)
     journal.write("run")
     progress = Progress(
-        name=config.target.name,
-        preset=run.preset,
-        gate=run.gate,
-        data=", ".join(datasets),
-        epochs=run.epochs,
+        name=config.target.name, preset=run.preset, gate=run.gate, data=data_phrase(datasets), epochs=run.epochs,
         console=console,
-    )
+    )  # fmt: skip
     with connected(run), progress:
-        survivors = _survivors(config, run, describe_cluster())
+        cluster = describe_cluster()
+        survivors = [survivor_of(record, run, cluster) for record in records] or [_model(config.target, run, cluster)]
         winner = evaluate_survivors(
-            survivors, datasets, config=run, vault=open_vault(f"evaluate-{out.name}"), journal=journal, folder=out,
+            survivors, datasets, config=run, vault=open_vault(out.name), journal=journal, folder=out,
             progress=progress, notice=lambda _: None,  # that the weights come from disk is what was asked for
         )  # fmt: skip
     rows = list(journal.state.tested.values())
-    tables.write_stage2(out / "stage2.parquet", rows)
+    tables.write_stage2(out / tables.STAGE2_FILE, rows)
     _print(run, rows, winner, describe_data(datasets), console)
     console.print(f"results: {out}", markup=False, soft_wrap=True)
     return SURVIVED if results.datasets_counted(rows, winner) else FAULT
 
 
+def _is_run(target: Path) -> bool:
+    return (target / JOURNAL_FILE).exists() and (target / CONFIG_FILE).exists()
+
+
 def _run_config(config: EvaluateConfig) -> RunConfig:
     """The run's configuration (a model alone has the trial that made it), with this command's flags."""
-    from nkat_ray.run import config_of_json
-    from nkat_ray.train.checkpoint import WEIGHTS_FILE, Weights
+    flags = {name: getattr(config, name) for name in SHARED}
+    if _is_run(config.target):
+        return config_of_json(json.loads((config.target / CONFIG_FILE).read_text()), **flags)
+    from nkat_ray.train.checkpoint import Weights
 
-    shared = set(field_names(EvaluateConfig)) & set(field_names(RunConfig))
-    flags = {name: getattr(config, name) for name in shared}
-    if (config.target / CONFIG_FILE).exists() and (config.target / "journal.jsonl").exists():
-        saved = json.loads((config.target / CONFIG_FILE).read_text())
-        return config_of_json(saved, name=config.target.name, **flags)
-    weights = config.target / WEIGHTS_FILE
-    if not weights.exists():
-        raise ValueError(
-            f"target is {str(config.target)!r}; it is neither a run's folder nor a model with {WEIGHTS_FILE}"
-        )
-    trial = Weights.from_bytes(weights.read_bytes()).config
-    base = {**vars(trial), "grace": min(5, trial.epochs)}
-    return RunConfig(**{**base, **flags, "name": config.target.resolve().name})
+    trial = Weights.from_bytes((config.target / WEIGHTS_FILE).read_bytes()).config
+    return RunConfig(**{**vars(trial), "grace": min(5, trial.epochs), **flags})
 
 
-def _survivors(config: EvaluateConfig, run: RunConfig, cluster: Any) -> list[Any]:
+def _passed(target: Path, gate: float) -> list[TrialRecord]:
+    state = read_state(target)
+    passed = [state.trials[number] for number in state.survivors(gate)]
+    if not passed:
+        raise ValueError(f"target is {str(target)!r}; none of its trials passed the gate of {gate}")
+    return passed
+
+
+def _model(target: Path, run: RunConfig, cluster: Cluster) -> Any:
+    """A model alone as the only survivor, number 0."""
     from nkat_ray.evaluate import Survivor
     from nkat_ray.model import count_nkat_parameters, count_parameters
-    from nkat_ray.run import survivor_of
-    from nkat_ray.search.resources import trial_share
-    from nkat_ray.train.checkpoint import WEIGHTS_FILE, Weights
+    from nkat_ray.train.checkpoint import Weights
 
-    if (config.target / "journal.jsonl").exists():
-        state = read_state(config.target)
-        passed = [state.trials[number] for number in state.survivors(run.gate)]
-        if not passed:
-            raise ValueError(f"target is {str(config.target)!r}; none of its trials passed the gate of {run.gate}")
-        return [survivor_of(record, run, cluster) for record in passed]
-    model = Weights.from_bytes((config.target / WEIGHTS_FILE).read_bytes()).build()
-    return [
-        Survivor(
-            trial=0, checkpoints=[str(config.target.absolute())], conv_stem=run.conv_stem, embed_dim=run.embed_dim,
-            nkat_parameters=count_nkat_parameters(model), parameters=count_parameters(model),
-            share=trial_share(run.trial, run, cluster),
-        )
-    ]  # fmt: skip
+    model = Weights.from_bytes((target / WEIGHTS_FILE).read_bytes()).build()
+    return Survivor(
+        trial=0, checkpoints=[str(target.absolute())], conv_stem=run.conv_stem, embed_dim=run.embed_dim,
+        nkat_parameters=count_nkat_parameters(model), parameters=count_parameters(model),
+        share=trial_share(run.trial, run, cluster),
+    )  # fmt: skip
 
 
 def _print(run: RunConfig, rows: list[dict[str, Any]], winner: int, data: dict[str, Any], console: Console) -> None:

@@ -1,7 +1,6 @@
 """What a run would do and cost, without doing it: `--dry_run`."""
 
 import dataclasses
-import itertools
 import os
 import time
 from collections.abc import Collection
@@ -10,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nkat_ray.config import Choice, Domain, RunConfig, TrialConfig
+from nkat_ray.config import Choice, Domain, RunConfig
 from nkat_ray.report.terminal import duration
 from nkat_ray.search.resources import Cluster, cluster_of, epoch_flops, peak_bytes, slots, trial_share
-from nkat_ray.search.space import baseline_point, domains, refuse_impossible, round1_point, trial_config
+from nkat_ray.search.space import baseline_point, corner_configs, domains, refuse_impossible, round1_point
 
 CIFAR10_TRAINING_IMAGES = 50_000
 PROBE_SIZE = 1024  # side of the matrices whose product tells how fast this machine is
@@ -60,15 +59,6 @@ def cost(run: RunConfig, fixed: Collection[str], cluster: Cluster) -> dict[str, 
     }
 
 
-def corner_configs(run: RunConfig, fixed: Collection[str]) -> list[TrialConfig]:
-    """The configurations at the corners of what decides cost: stem, patches, width and depth."""
-    space = domains(run, fixed)
-    base = baseline_point(run, space)
-    names = [name for name in ("conv_stem", "stem_stride", "patch_size", "embed_dim", "depth") if name in space]
-    ends = [_ends(space[name]) for name in names]
-    return [trial_config(run, {**base, **dict(zip(names, corner, strict=True))}) for corner in itertools.product(*ends)]
-
-
 def this_machine() -> Cluster:
     """This machine as a cluster of one, without starting Ray."""
     import torch
@@ -98,12 +88,6 @@ def describe_domain(domain: Domain) -> str:
         return ", ".join("off" if value is None else str(value) for value in domain.values)
     step = "" if domain.step is None else f", step {domain.step}"
     return f"{domain.low:g} to {domain.high:g}{step}{', log' if domain.log else ''}"
-
-
-def _ends(domain: Domain) -> tuple[Any, ...]:
-    if isinstance(domain, Choice):
-        return domain.values
-    return (int(domain.low), int(domain.high)) if domain.step else (domain.low, domain.high)
 
 
 def _assignments(point: dict[str, Any]) -> str:

@@ -47,7 +47,8 @@ def report(config: ReportConfig, console: Console) -> int:
 
 def _print(folder: Path, console: Console) -> None:
     """The terminal's report; of a run that is still going from its journal, without touching its files."""
-    from nkat_ray.run import config_of_json, print_report, stage2_rows, summarise
+    from nkat_ray.outputs import print_report, stage2_rows, summarise
+    from nkat_ray.prepare import config_of_json
 
     if (folder / tables.SUMMARY_FILE).exists():
         print_report(folder, console)

@@ -30,6 +30,7 @@ from nkat_ray.report.tensorboard import TensorBoardLog
 SMOKE_EPOCHS, SMOKE_ACCURACY = 10, 0.45  # docs/spec.md section 4
 CHECKPOINTS_KEPT = 2
 NO_GO = 4  # exit code
+TRAINING_FILE = "training.json"  # the configuration, for --resume
 
 
 def train(config: TrainConfig, console: Console) -> int:
@@ -41,13 +42,13 @@ def train(config: TrainConfig, console: Console) -> int:
     if config.smoke and config.epochs < SMOKE_EPOCHS:
         raise ValueError(f"epochs is {config.epochs}; --smoke needs at least {SMOKE_EPOCHS}")
     out = config.out or Path("runs") / f"train-{config.dataset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    if not config.resume and (out / "config.json").exists():
+    if not config.resume and (out / TRAINING_FILE).exists():
         raise ValueError(
             f"out is {str(out)!r}; it holds a training; continue it with --resume, or choose another folder"
         )
     dataset = _open(config, console)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(plain(dataclasses.asdict(config)), indent=2) + "\n")
+    (out / TRAINING_FILE).write_text(json.dumps(plain(dataclasses.asdict(config)), indent=2) + "\n")
     return _train(config, dataset, out, console)
 
 
@@ -58,13 +59,13 @@ def saved_training(out: Path | None) -> TrainConfig:
         ValueError: there is none.
     """
     if out is None:
-        found = sorted(Path("runs").glob("train-*/config.json"), key=lambda path: path.stat().st_mtime)
+        found = sorted(Path("runs").glob(f"train-*/{TRAINING_FILE}"), key=lambda path: path.stat().st_mtime)
         if not found:
             raise ValueError("there is no training to resume in runs/; give its folder with --out")
         out = found[-1].parent
-    if not (out / "config.json").exists():
+    if not (out / TRAINING_FILE).exists():
         raise ValueError(f"out is {str(out)!r}; it holds no training to resume")
-    saved = json.loads((out / "config.json").read_text())
+    saved = json.loads((out / TRAINING_FILE).read_text())
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
     values = {key: value for key, value in values.items() if key in field_names(TrainConfig)}
     values["data_dir"] = Path(values["data_dir"]) if values["data_dir"] else None

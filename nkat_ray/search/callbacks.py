@@ -95,14 +95,27 @@ class JournalCallback(Callback):
         last = trial.last_result or {}
         if self._write_end(record, last.get(STOP_REASON), last.get(STOP_DETAIL)):
             self._tell_end(record)
-        if not record.passed(self._gate):
-            remove_checkpoints(record)
+        self._tidy(record)
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial that raised, or lost its process, and is tried again from its checkpoint."""
+        error = one_line(trial.get_pickled_error() or trial.get_error())
+        self._listeners.on_notice(f"trial {trial.config['trial']} is tried again after a fault: {error}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial that raised more often than it may be retried."""
         record, error = self._record(trial), trial.get_pickled_error() or trial.get_error()
         if self._write_end(record, "error", None, error=one_line(error)):
             self._tell_end(record)
+        self._tidy(record)
+
+    def _tidy(self, record: TrialRecord) -> None:
+        if record.passed(self._gate):
+            return
+        try:
+            remove_checkpoints(record)
+        except OSError as error:  # a bucket that does not answer must not end the search
+            self._listeners.on_notice(f"trial {record.trial}: its checkpoints could not be removed ({one_line(error)})")
 
     def _record(self, trial: Trial) -> TrialRecord:
         return self._journal.state.trials[trial.config["trial"]]

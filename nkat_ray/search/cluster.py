@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ray
@@ -13,6 +13,7 @@ from nkat_ray.config import RunConfig
 from nkat_ray.search.resources import Cluster, Share, cluster_of, refuse_oversized
 
 HEAD_MARKER = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves its configuration on the head under this name
+GPU_PROBE_S = 60.0  # a worker imports torch to say how much memory its GPU has
 SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 this leaves the terminal to the run's own display
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run writes its own tables and event files
@@ -30,7 +31,17 @@ def choose_address(address: str | None) -> tuple[str, str]:
     """The address to connect to, and one phrase for people on why.
 
     In this order: what the user typed, $RAY_ADDRESS, the cluster whose head this machine is, a local instance.
+
+    Raises:
+        ValueError: a Ray Client address: searcher and journal live in the driver, and the driver must be on the
+        cluster.
     """
+    for given in (address, os.environ.get("RAY_ADDRESS")):
+        if (given or "").startswith("ray://"):
+            raise ValueError(
+                f"address is {given!r}; a Ray Client cannot drive a search; start it on the cluster, "
+                "e.g. with `ray submit` or `ray job submit`"
+            )
     if address is not None:
         return address, f"Ray at {address} (--address)" if address != "local" else "a local Ray instance (--address)"
     if os.environ.get("RAY_ADDRESS"):
@@ -85,8 +96,10 @@ def _without_ray_address() -> Iterator[None]:
 def describe_cluster() -> Cluster:
     """What the connected Ray instance has; a GPU's memory is asked on a node that has one."""
     gpus = ray.cluster_resources().get("GPU", 0)
-    gpu_bytes = ray.get(ray.remote(num_cpus=0, num_gpus=0.01)(_gpu_bytes).remote()) if gpus else None
-    return cluster_of(ray.nodes(), gpu_bytes=gpu_bytes)
+    asked = [ray.remote(num_cpus=0, num_gpus=0.01)(_gpu_bytes).remote()] if gpus else []
+    answered, _ = ray.wait(asked, timeout=GPU_PROBE_S) if asked else ([], [])  # others may hold every GPU
+    gpu_bytes = ray.get(answered[0]) if answered else None
+    return cluster_of(ray.nodes(), gpu_bytes=gpu_bytes, elastic=HEAD_MARKER.expanduser().exists())
 
 
 def _gpu_bytes() -> int | None:
@@ -95,14 +108,15 @@ def _gpu_bytes() -> int | None:
     return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None
 
 
-def refuse_infeasible(share: Share) -> None:
+def refuse_infeasible(shares: Iterable[Share]) -> None:
     """Refuse a request that no node of a fixed cluster can meet; where nodes start on demand, one may come that can.
 
     Raises:
         ValueError: says what was asked for and what the largest node has.
     """
     if not HEAD_MARKER.expanduser().exists():
-        refuse_oversized(share, ray.nodes())
+        for share in set(shares):
+            refuse_oversized(share, ray.nodes())
 
 
 def nodes_without(path: Path) -> list[str]:

@@ -60,10 +60,16 @@ class RunState:
     trials: dict[int, TrialRecord] = field(default_factory=dict)
     attempts: list[tuple[float, float]] = field(default_factory=list)  # (start, last sign of life), since 1970
     stage1_done: bool = False
+    ranked: bool = False  # the survivors' order is fixed: nothing is validated any more
     slots: int | None = None
     stage2: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)  # (trial, dataset) -> validation row
     tested: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)  # (trial, dataset) -> test row
     notices: list[str] = field(default_factory=list)
+
+    @property
+    def earlier_s(self) -> float:
+        """Seconds during which drivers before this one were at work."""
+        return sum(last - start for start, last in self.attempts[:-1])
 
     @property
     def wall_s(self) -> float:
@@ -111,6 +117,9 @@ class RunState:
 
     def _on_stage1_done(self, event: Mapping[str, Any]) -> None:
         self.stage1_done = True
+
+    def _on_ranked(self, event: Mapping[str, Any]) -> None:
+        self.ranked = True
 
     def _on_stage2(self, event: Mapping[str, Any]) -> None:
         self.stage2[event["row"]["trial"], event["row"]["dataset"]] = event["row"]

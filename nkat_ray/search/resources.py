@@ -29,6 +29,10 @@ class Cluster:
     nodes: int
     memory_bytes: int  # of the smallest node
     gpu_bytes: int  # of one GPU; ASSUMED_GPU_BYTES where none could be asked
+    cpus_a_gpu: float | None = (
+        None  # on the GPU node that has the fewest, since a share must fit on each; None: on average
+    )
+    elastic: bool = False  # nodes start on demand: what is there now is not all there will be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +84,17 @@ def trial_share(config: TrialConfig, run: RunConfig, cluster: Cluster) -> Share:
         return Share(cpus=run.cpus_per_trial, gpus=gpus)
     if gpus == 0:
         return Share(cpus=1, gpus=0.0)  # one core a trial: many small trainings beat one on many cores
-    cores_a_gpu = cluster.cpus / cluster.gpus if cluster.gpus else 1
-    return Share(cpus=max(1, math.floor(cores_a_gpu * min(gpus, 1))), gpus=gpus)
+    cpus_a_gpu = cluster.cpus_a_gpu or cluster.cpus / max(cluster.gpus, 1)
+    return Share(cpus=max(1, math.floor(cpus_a_gpu * min(gpus, 1))), gpus=gpus)
 
 
 def slots(run: RunConfig, cluster: Cluster) -> int:
-    """Trials that fit at a time (by the baseline's share), at most what the user allows; at least 1."""
+    """Trials that fit at a time (by the baseline's share), at most what the user allows; at least 1.
+
+    Where nodes start on demand a typed number is taken as it is: the nodes come when the trials wait for them.
+    """
+    if cluster.elastic and run.max_concurrent is not None:
+        return min(run.max_concurrent, run.num_samples)
     share = trial_share(run.trial, run, cluster)
     fit = cluster.cpus // share.cpus
     if share.gpus:
@@ -117,8 +126,8 @@ def cpu_micro_batch(config: TrialConfig, *, memory_bytes: int) -> int:
     return int(min(config.batch_size, max(1, fit)))
 
 
-def cluster_of(nodes: list[Mapping[str, Any]], *, gpu_bytes: int | None) -> Cluster:
-    """The cluster from `ray.nodes()`."""
+def cluster_of(nodes: list[Mapping[str, Any]], *, gpu_bytes: int | None, elastic: bool = False) -> Cluster:
+    """The cluster from `ray.nodes()`; `gpu_bytes` None where no GPU could be asked."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     return Cluster(
         cpus=int(sum(resources.get("CPU", 0) for resources in alive)),
@@ -126,4 +135,6 @@ def cluster_of(nodes: list[Mapping[str, Any]], *, gpu_bytes: int | None) -> Clus
         nodes=len(alive),
         memory_bytes=int(min(resources.get("memory", 0) for resources in alive)),
         gpu_bytes=gpu_bytes or ASSUMED_GPU_BYTES,
+        cpus_a_gpu=min((node.get("CPU", 0) / node["GPU"] for node in alive if node.get("GPU")), default=None),
+        elastic=elastic,
     )

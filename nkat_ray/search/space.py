@@ -1,6 +1,7 @@
 """The search space as Optuna distributions, and the two trials that every run begins with (docs/spec.md section 4,
 5)."""
 
+import itertools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -61,6 +62,9 @@ def round1_point(run: RunConfig, space: Mapping[str, Domain]) -> tuple[dict[str,
         point[name] = value if contains(domain, value) else baseline[name]
         if point[name] != ROUND1_BEST[name]:
             notes.append(f"{name} {ROUND1_BEST[name]} -> {point[name]}")
+    unused = [name for name in ROUND1_BEST if name not in space and ROUND1_BEST[name] != getattr(run, name)]
+    if unused:
+        notes.append(f"not searched, so the baseline's: {', '.join(unused)}")
     return point, notes
 
 
@@ -74,8 +78,18 @@ def trial_config(run: RunConfig, params: Mapping[str, Any]) -> TrialConfig:
     return TrialConfig(**{**fields, **{name: value for name, value in params.items() if name in fields}})
 
 
+def corner_configs(run: RunConfig, fixed: Collection[str]) -> list[TrialConfig]:
+    """The configurations at the corners of what decides cost: stem, patches, width and depth."""
+    space = domains(run, fixed)
+    base = baseline_point(run, space)
+    names = [name for name in ("conv_stem", "stem_stride", "patch_size", "embed_dim", "depth") if name in space]
+    corners = itertools.product(*(_extremes(space[name]) for name in names))
+    return [trial_config(run, {**base, **dict(zip(names, corner, strict=True))}) for corner in corners]
+
+
 def refuse_impossible(run: RunConfig, fixed: Collection[str]) -> None:
-    """Build every combination of the space's extremes, so that an impossible one is refused before any work starts.
+    """Build every pair of the space's values with the rest of the baseline, so that an impossible one is refused
+    before any work starts.
 
     Raises:
         ValueError: a value that the user fixed cannot go with one that the space may draw.

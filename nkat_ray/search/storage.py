@@ -4,16 +4,20 @@ Optuna's journal file, TensorBoard's event files and the run's own journal must 
 they lie in a local folder that is copied up at snapshots and at the end, and fetched first by `--resume`.
 """
 
+import hashlib
 import os
+import shutil
 import tempfile
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import pyarrow.fs
 from filelock import FileLock, Timeout
+
+from nkat_ray.search.journal import JOURNAL_FILE
 
 LOCK_FILE = "driver.lock"
 CONFIG_FILE = "config.json"
@@ -31,6 +35,7 @@ class RunStorage:
 
     local: Path
     remote: str | None
+    _pushed: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)  # size, mtime
 
     @property
     def tune_folder(self) -> str:
@@ -44,22 +49,47 @@ class RunStorage:
         return bool(_info(f"{self.remote}/{CONFIG_FILE}").type == pyarrow.fs.FileType.File)
 
     def push(self) -> None:
-        """Copy the local files up."""
-        if self.remote is not None:
-            filesystem, path = pyarrow.fs.FileSystem.from_uri(self.remote)
-            filesystem.create_dir(path, recursive=True)
-            pyarrow.fs.copy_files(str(self.local), path, destination_filesystem=filesystem)
-
-    def pull(self) -> None:
-        """Fetch the mirrored files; Tune's own folder stays where it is."""
+        """Copy up what has changed since the last time."""
         if self.remote is None:
             return
         filesystem, path = pyarrow.fs.FileSystem.from_uri(self.remote)
-        for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True)):
-            inside = os.path.relpath(info.path, path)
-            if info.type == pyarrow.fs.FileType.File and Path(inside).parts[0] != TUNE_FOLDER:
-                (self.local / inside).parent.mkdir(parents=True, exist_ok=True)
-                pyarrow.fs.copy_files(info.path, str(self.local / inside), source_filesystem=filesystem)
+        filesystem.create_dir(path, recursive=True)
+        for file in sorted(self.local.rglob("*")):
+            inside = file.relative_to(self.local)
+            if not file.is_file() or not _is_mirrored(inside):
+                continue
+            state = file.stat()
+            if self._pushed.get(str(inside)) != (state.st_size, state.st_mtime_ns):
+                filesystem.create_dir(f"{path}/{inside.parent}", recursive=True)
+                pyarrow.fs.copy_files(str(file), f"{path}/{inside}", destination_filesystem=filesystem)
+                self._pushed[str(inside)] = (state.st_size, state.st_mtime_ns)
+
+    def pull(self) -> None:
+        """Fetch the mirrored files, unless the local ones go further: the journal only ever grows.
+
+        Raises:
+            RunHeld: a live driver on this machine works on them.
+        """
+        if self.remote is None:
+            return
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(self.remote)
+        found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True))
+        mirrored = {os.path.relpath(info.path, path): info for info in found if info.type == pyarrow.fs.FileType.File}
+        with self.lock():
+            journal = self.local / JOURNAL_FILE
+            if journal.exists() and journal.stat().st_size >= getattr(mirrored.get(JOURNAL_FILE), "size", 0):
+                return
+            for inside, info in mirrored.items():
+                if _is_mirrored(Path(inside)):
+                    (self.local / inside).parent.mkdir(parents=True, exist_ok=True)
+                    pyarrow.fs.copy_files(info.path, str(self.local / inside), source_filesystem=filesystem)
+
+    def remove(self) -> None:
+        """Remove the run, here and in the bucket."""
+        shutil.rmtree(self.local, ignore_errors=True)
+        if self.remote is not None:
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(self.remote)
+            filesystem.delete_dir(path)
 
     def lock(self) -> AbstractContextManager[Any]:
         """Hold the run's folder for this driver, until the end of a `with` block.
@@ -83,9 +113,9 @@ class RunHeld(ValueError):
 def run_storage(storage_path: str, name: str) -> RunStorage:
     """Where the run called `name` lives."""
     if is_uri(storage_path):
-        return RunStorage(
-            Path(platformdirs.user_cache_dir("nkat-ray")) / "runs" / name, f"{storage_path.rstrip('/')}/{name}"
-        )
+        remote = f"{storage_path.rstrip('/')}/{name}"
+        digest = hashlib.sha256(remote.encode()).hexdigest()[:12]  # runs of one name in two buckets are two runs
+        return RunStorage(Path(platformdirs.user_cache_dir("nkat-ray")) / "runs" / f"{name}-{digest}", remote)
     return RunStorage((Path(storage_path).expanduser() / name).absolute(), None)
 
 
@@ -138,6 +168,12 @@ def check_owner(folder: Path) -> None:
         raise ValueError(
             f"{folder} belongs to user {owner}, not to you ({os.getuid()}); only your own runs are resumed"
         )
+
+
+def _is_mirrored(inside: Path) -> bool:
+    """Whether a file below a run's folder belongs into the bucket: not Tune's (it writes there itself), nor the
+    lock."""
+    return inside.parts[0] != TUNE_FOLDER and not inside.name.startswith(".") and inside.name != LOCK_FILE
 
 
 def is_uri(storage_path: str) -> bool:

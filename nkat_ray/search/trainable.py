@@ -1,7 +1,6 @@
 """A trial as Ray Tune runs it: a thin adapter between `train.loop` and Tune's reports and checkpoints."""
 
 import math
-import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -82,7 +81,9 @@ def train_trial(
         nkat_parameters=count_nkat_parameters(trainer.model), parameters=count_parameters(trainer.model),
     )  # fmt: skip
     best, weights = _continue(trainer, params)
-    facts = {"node": socket.gethostname(), "gpus": gpus, "cpus": cpus, "lambda_theory": lam, "pid": os.getpid()}
+    if params["resume_from"] and trainer.epoch == 0:
+        notices.append("none of its checkpoints is whole any more: it begins again")
+    facts = {"node": socket.gethostname(), "gpus": gpus, "cpus": cpus, "lambda_theory": lam}
     facts["nkat_parameters"] = count_nkat_parameters(trainer.model)
     facts["parameters"] = count_parameters(trainer.model)
     for result in trainer.epochs():

@@ -1,5 +1,6 @@
 """Stage 1 put together: space, searcher, scheduler, gate and trainable in one Tune experiment."""
 
+import math
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -47,7 +48,8 @@ def tune_stage1(
         listeners: told what happens.
         clock: seconds since 1970.
     """
-    deadline_s = clock() + 3600 * run.stage1_hours if run.stage1_hours is not None else float("inf")
+    left_s = math.inf if run.stage1_hours is None else 3600 * run.stage1_hours - journal.state.earlier_s
+    deadline_s = clock() + left_s
 
     def expired() -> bool:
         return clock() >= deadline_s
@@ -74,6 +76,8 @@ def tune_stage1(
                 expired=expired, listeners=listeners,
             ),
         )  # fmt: skip
+    if any(not record.ended for record in earlier) or (len(earlier) < run.num_samples and not expired()):
+        raise KeyboardInterrupt  # Tune ends in order on a signal of its own (SIGUSR1): the stage is not over
     journal.write("stage1_done")
 
 

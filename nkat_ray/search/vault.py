@@ -4,6 +4,7 @@
 and so owns it. It does not outlive the cluster: each weight is also in the trial's checkpoint on disk.
 """
 
+import uuid
 from typing import Any
 
 import ray
@@ -35,9 +36,9 @@ class Vault:
 
 
 def open_vault(name: str) -> ActorHandle[Any]:
-    """The run's vault, made at the first call."""
+    """A vault of this driver alone: the handle travels by hand, and the name is only for people (`ray list actors`)."""
     actor: Any = Vault  # ray.remote's stub does not know `options`
-    handle: ActorHandle[Any] = actor.options(name=f"vault-{name}", namespace=NAMESPACE, get_if_exists=True).remote()
+    handle: ActorHandle[Any] = actor.options(name=f"vault-{name}-{uuid.uuid4().hex[:8]}", namespace=NAMESPACE).remote()
     return handle
 
 
