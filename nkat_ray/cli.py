@@ -1,4 +1,4 @@
-"""The command line: `nkat train | tune | evaluate | simulate | report | data`, and what tune_round2.py calls.
+"""The command line: `nkat train | tune | evaluate | simulate | report | data | doctor`, and what tune_round2.py calls.
 
 Every flag comes from the configurations' own fields. Bad input ends with one line and exit code 2, before torch or Ray
 is loaded.
@@ -9,7 +9,7 @@ import dataclasses
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -128,10 +128,7 @@ def _tune(argv: Sequence[str]) -> int:
     run = parse(RunConfig, argv, prog="tune_round2.py", default=default)
     fixed = typed_flags(argv) & set(SPACES[run.space])
     if run.dry_run:
-        from nkat_ray.commands.plan import print_plan
-
-        print_plan(run, fixed, Console())
-        return 0
+        return _plan(run, fixed)
     from nkat_ray.run import start
 
     return start(run, fixed, Console())
@@ -149,14 +146,25 @@ def _first_flags(argv: Sequence[str]) -> _First:
 
 
 def _resume(argv: Sequence[str], first: _First) -> int:
-    from nkat_ray.run import resume, saved_config
+    from nkat_ray.prepare import saved_config
 
     if first.name is not None:
         RunConfig.from_preset("quick", name=first.name)  # refuses a path instead of a name
     saved, fixed = saved_config(first.storage_path, first.name)
     run = parse(RunConfig, argv, prog="tune_round2.py", default=saved)
     _refuse_disagreement(run, saved)
+    if run.dry_run:
+        return _plan(run, fixed)
+    from nkat_ray.run import resume
+
     return resume(run, fixed, Console())
+
+
+def _plan(run: RunConfig, fixed: Collection[str]) -> int:
+    from nkat_ray.commands.plan import print_plan
+
+    print_plan(run, fixed, Console())
+    return 0
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -175,9 +183,11 @@ def _train(argv: Sequence[str]) -> int:
 
 def _evaluate(argv: Sequence[str]) -> int:
     """Stage 2 alone, on a run's survivors or on one model."""
-    from nkat_ray.commands.evaluate import EvaluateConfig, evaluate
+    from nkat_ray.commands.evaluate import EvaluateConfig, evaluate, with_defaults_of
 
-    return evaluate(parse(EvaluateConfig, argv, prog="nkat evaluate"), Console())
+    folders = [Path(arg) for arg in argv if not arg.startswith("-") and Path(arg).is_dir()]
+    default = with_defaults_of(folders[0]) if folders and not {"-h", "--help"} & set(argv) else None
+    return evaluate(parse(EvaluateConfig, argv, prog="nkat evaluate", default=default), Console())
 
 
 def _simulate(argv: Sequence[str]) -> int:
@@ -209,6 +219,13 @@ def _data(argv: Sequence[str]) -> int:
     return data(parse(cast(Any, Command), argv or ["list"], prog="nkat data"), Console())
 
 
+def _doctor(argv: Sequence[str]) -> int:
+    """Check a machine or a cluster before time and money are spent."""
+    from nkat_ray.commands.doctor import DoctorConfig, doctor
+
+    return doctor(parse(DoctorConfig, argv, prog="nkat doctor"), Console())
+
+
 def _split_assignments(argv: Sequence[str]) -> list[str]:
     """`mnist=0.99` as the two words that tyro reads into a dict."""
     split: list[str] = []
@@ -238,4 +255,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": _report,
     "explain": _explain,
     "data": _data,
+    "doctor": _doctor,
 }
