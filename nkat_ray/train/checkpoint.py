@@ -5,6 +5,7 @@ safetensors with the configuration that rebuilds them in the header. Nothing is 
 """
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -20,6 +21,7 @@ from nkat_ray.config import TrialConfig
 from nkat_ray.model import NKATVisionTransformer, create_nkat_vit
 
 STATE_FILE = "state.pt"
+DIGEST_BYTES = hashlib.sha256().digest_size
 WEIGHTS_FILE = "weights.safetensors"
 
 
@@ -81,7 +83,7 @@ def config_from_json(fields: Mapping[str, Any]) -> TrialConfig:
     return TrialConfig(**values)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part.
 
     Raises:
@@ -100,14 +102,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a training's state into a folder, digest last."""
+    """Write a training's state into a folder: one file, its digest first, so that one renaming replaces all of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / STATE_FILE
-    temporary = folder / f".{STATE_FILE}.part"
-    torch.save(dict(state), temporary)
-    digest = _sha256(temporary)
-    os.replace(temporary, path)
-    write_atomically(folder / f"{STATE_FILE}.sha256", digest.encode())
+    buffer = io.BytesIO(bytes(DIGEST_BYTES))
+    buffer.seek(DIGEST_BYTES)
+    torch.save(dict(state), buffer)
+    data = buffer.getbuffer()
+    data[:DIGEST_BYTES] = hashlib.sha256(data[DIGEST_BYTES:]).digest()
+    write_atomically(folder / STATE_FILE, data)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -118,13 +120,12 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE_FILE
     try:
-        expected = (folder / f"{STATE_FILE}.sha256").read_text()
-        found = _sha256(path)
+        data = memoryview(path.read_bytes())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename} is missing") from error
-    if found != expected:
-        raise CheckpointError(f"{path} is damaged or cut short: SHA-256 is {found[:12]}, expected {expected[:12]}")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        raise CheckpointError(f"{path} is missing") from error
+    if hashlib.sha256(data[DIGEST_BYTES:]).digest() != data[:DIGEST_BYTES]:
+        raise CheckpointError(f"{path} is damaged or cut short: its SHA-256 is not the one that it begins with")
+    state: dict[str, Any] = torch.load(io.BytesIO(data[DIGEST_BYTES:]), map_location="cpu", weights_only=True)
     return state
 
 
@@ -136,8 +137,3 @@ def first_whole_state(folders: Iterable[Path]) -> tuple[Path, dict[str, Any]] | 
         except CheckpointError:
             continue  # cut short while it was written: the one before it is used
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
