@@ -38,7 +38,7 @@ class ExplainConfig(DataConfig):
     dataset: str | None = None
     """Dataset whose validation images are shown. Default: the one that the model was trained on."""
     out: Path | None = None
-    """Folder for explain.html and the PNG files. Default: explain/ in the model's folder."""
+    """Folder for explain.html and the PNG files. Default: explain/ in MODEL, beside a file in a folder of its name."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,14 @@ def explain(config: ExplainConfig, console: Console) -> int:
     """
     source = weights_file(config.model)
     count, files = _images_asked(config.images)
+    out = config.out or (config.model.with_suffix("") if config.model.is_file() else config.model) / "explain"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out is {str(out)!r}; it is no folder; choose another")
     weights = _read(source)
     network = _Network(weights)
     named = config.dataset is None and weights.dataset in KNOWN  # then the classes' names need no data
     dataset = None if files and named else _open(config, weights, console)
     names = class_names(dataset, weights)
-    out = config.out or (config.model.with_suffix("") if config.model.is_file() else config.model) / "explain"
     if files:
         batch = _from_files(files, names, grey=weights.grey)
         what, scan = "images given", network.scan(batch)
