@@ -58,7 +58,7 @@ def parse_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], ob
         raise Parsed
 
     monkeypatch.setattr(cli, "parse", stop_after_parsing)
-    monkeypatch.setattr("nkat_ray.run.saved_config", lambda *_: (RunConfig.from_preset("quick", resume=True), ()))
+    monkeypatch.setattr("nkat_ray.prepare.saved_config", lambda *_: (RunConfig.from_preset("quick", resume=True), ()))
     monkeypatch.setattr("nkat_ray.commands.train.saved_training", lambda out: TrainConfig(out=out))
 
     def run(name: str, argv: list[str]) -> object:

@@ -171,6 +171,6 @@ def test_cluster_of_counts_living_nodes_and_takes_the_smallest_memory() -> None:
         {"Alive": True, "Resources": {"CPU": 4.0, "memory": 3.0e9}},
         {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0, "memory": 1.0}},
     ]
-    expected = Cluster(cpus=12, gpus=2.0, nodes=2, memory_bytes=3_000_000_000, gpu_bytes=24 * GB)
+    expected = Cluster(cpus=12, gpus=2.0, nodes=2, memory_bytes=3_000_000_000, gpu_bytes=24 * GB, cpus_a_gpu=4.0)
     assert cluster_of(nodes, gpu_bytes=24 * GB) == expected
     assert cluster_of(nodes, gpu_bytes=None).gpu_bytes == 16 * GB

@@ -62,7 +62,9 @@ def test_a_folder_is_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_uri_has_a_local_mirror_and_tune_writes_to_the_uri(cache: Path) -> None:
     found = run_storage("s3://bucket/runs/", "one")
-    assert found.local == cache / "nkat-ray" / "runs" / "one"
+    assert found.local.parent == cache / "nkat-ray" / "runs"
+    assert found.local.name.startswith("one-")
+    assert found.local != run_storage("s3://other/runs", "one").local  # two buckets, two runs
     assert found.remote == "s3://bucket/runs/one"
     assert found.tune_folder == "s3://bucket/runs/one/tune"
 
@@ -100,7 +102,48 @@ def test_what_is_pushed_can_be_pulled_elsewhere(bucket: str, cache: Path, monkey
     again = run_storage(bucket, "one")
     assert again.local != run.local
     again.pull()
-    assert {str(p.relative_to(again.local)): p.read_bytes() for p in again.local.rglob("*") if p.is_file()} == files
+    found = {str(p.relative_to(again.local)): p.read_bytes() for p in again.local.rglob("*") if p.is_file()}
+    found.pop(LOCK_FILE)  # this machine's own
+    assert found == files
+
+
+def test_only_what_has_changed_is_pushed_again(bucket: str, tmp_path: Path) -> None:
+    run = run_storage(bucket, "one")
+    run.local.mkdir(parents=True)
+    (run.local / "journal.jsonl").write_text("first")
+    run.push()
+    (tmp_path / "bucket" / "one" / "journal.jsonl").unlink()
+    run.push()
+    assert not (tmp_path / "bucket" / "one" / "journal.jsonl").exists()
+    (run.local / "journal.jsonl").write_text("first and second")
+    run.push()
+    assert (tmp_path / "bucket" / "one" / "journal.jsonl").read_text() == "first and second"
+
+
+def test_a_local_journal_that_goes_further_is_kept(bucket: str) -> None:
+    run = run_storage(bucket, "one")
+    run.local.mkdir(parents=True)
+    (run.local / "journal.jsonl").write_text("pushed\n")
+    run.push()
+    (run.local / "journal.jsonl").write_text("pushed\nand then the driver was killed\n")
+    run_storage(bucket, "one").pull()
+    assert "killed" in (run.local / "journal.jsonl").read_text()
+
+
+def test_a_pull_leaves_a_live_driver_alone(bucket: str) -> None:
+    run = run_storage(bucket, "one")
+    with run.lock(), pytest.raises(RunHeld):
+        run_storage(bucket, "one").pull()
+
+
+def test_a_removed_run_is_gone_from_both_places(bucket: str) -> None:
+    run = run_storage(bucket, "one")
+    run.local.mkdir(parents=True)
+    (run.local / CONFIG_FILE).write_text("{}")
+    run.push()
+    run.remove()
+    assert not run.exists()
+    assert not run.local.exists()
 
 
 def test_a_push_overwrites_and_a_pull_too(bucket: str) -> None:
@@ -120,7 +163,7 @@ def test_checkpoints_are_not_pulled(bucket: str, tmp_path: Path) -> None:
         (tmp_path / "bucket" / "one" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "bucket" / "one" / name).write_text("x")
     run.pull()
-    assert [p.name for p in run.local.iterdir()] == ["journal.jsonl"]
+    assert {p.name for p in run.local.iterdir()} == {"journal.jsonl", LOCK_FILE}
 
 
 def test_a_folder_is_neither_pushed_nor_pulled(tmp_path: Path) -> None:
