@@ -226,13 +226,6 @@ def _doctor(argv: Sequence[str]) -> int:
     return doctor(parse(DoctorConfig, argv, prog="nkat doctor"), Console())
 
 
-def _doctor(argv: Sequence[str]) -> int:
-    """Check a machine or a cluster before time and money are spent."""
-    from nkat_ray.commands.doctor import DoctorConfig, doctor
-
-    return doctor(parse(DoctorConfig, argv, prog="nkat doctor"), Console())
-
-
 def _split_assignments(argv: Sequence[str]) -> list[str]:
     """`mnist=0.99` as the two words that tyro reads into a dict."""
     split: list[str] = []
@@ -262,6 +255,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": _report,
     "explain": _explain,
     "data": _data,
-    "doctor": _doctor,
     "doctor": _doctor,
 }

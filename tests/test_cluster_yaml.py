@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,58 @@ def test_the_project_travels_without_environment_runs_and_history(cluster: Any) 
 
 def test_every_node_installs_the_locked_versions(cluster: Any) -> None:
     assert any("uv sync --frozen" in command for command in cluster["setup_commands"])
+
+
+# --- docs/cluster.md --------------------------------------------------------------------------------------------------
+
+DOCUMENT = (ROOT / "docs/cluster.md").read_text()
+BLOCKS = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)]
+
+
+def documented(kind: str) -> Any:
+    (found,) = [block for block in BLOCKS if block.get("provider", {}).get("type") == kind]
+    return found
+
+
+def test_the_variant_for_machines_of_ones_own_is_valid_and_asks_for_the_token() -> None:
+    config = prepared(documented("local"))
+    assert config["provider"]["type"] == "local"
+    assert "RAY_AUTH_MODE=token" in config["setup_commands"][0]
+    assert "~/.ray/auth_token" in config["file_mounts"]
+    assert any("--dashboard-host=127.0.0.1" in command for command in config["head_start_ray_commands"])
+
+
+def test_the_variant_for_gcp_replaces_parts_of_the_file_and_is_valid(cluster: Any) -> None:
+    config = prepared({**cluster, **documented("gcp")})
+    kinds = config["available_node_types"]
+    assert kinds["worker"]["node_config"]["scheduling"][0]["preemptible"]
+    assert "scheduling" not in kinds["head"]["node_config"]
+    assert (kinds["worker"]["min_workers"], kinds["worker"]["max_workers"]) == (0, 8)
+
+
+def test_the_variant_for_kubernetes_has_the_same_limits() -> None:
+    (found,) = [block["spec"] for block in BLOCKS if block.get("kind") == "RayCluster"]
+    (workers,) = found["workerGroupSpecs"]
+    assert (workers["minReplicas"], workers["maxReplicas"]) == (0, 8)
+    assert found["autoscalerOptions"]["idleTimeoutSeconds"] == 300
+    assert found["authOptions"] == {"mode": "token"}
+    assert found["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def ray_commands() -> list[list[str]]:
+    """Every command of Ray's that the document shows, without what comes before it on its line."""
+    bash = "\n".join(re.findall(r"^```bash\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL))
+    return [shlex.split(match) for match in re.findall(r"(?:^|uv run )ray (.+)$", bash, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("words", ray_commands(), ids=" ".join)
+def test_rays_commands_exist_with_their_flags(words: list[str]) -> None:
+    from ray.scripts.scripts import cli
+
+    command: Any = cli
+    while words and hasattr(command, "commands") and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    assert command is not cli
+    known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    own = words[: words.index("--")] if "--" in words else words
+    assert {word.split("=")[0] for word in own if word.startswith("--")} - known == set()
