@@ -43,53 +43,49 @@ def ray_local() -> Iterator[Any]:
             ray.shutdown()
 
 
-@pytest.fixture
-def tiny_run(tmp_path: Path) -> Callable[..., Any]:
-    """A RunConfig whose trials take seconds: one block of width 16, two epochs, no augmentation."""
+@pytest.fixture(scope="session")
+def tiny_run() -> Callable[..., Any]:
+    """Makes a RunConfig whose trials take seconds: one block of width 16, two epochs, no augmentation."""
     from nkat_ray.config import RunConfig
 
     def make(**changes: Any) -> RunConfig:
         fields: dict[str, Any] = dict(
-            preset="quick", name="tiny", storage_path=str(tmp_path), space="quick", num_samples=3, max_concurrent=1,
-            gate=0.01, embed_dim=16, num_heads=2, depth=1, batch_size=32, epochs=2, warmup=1, grace=1, lr=2e-3, ema=0.9,
-            mixup=0.0, cutmix=0.0, randaugment=None, cutout=None, val_images=40, max_failures=0,
+            preset="quick", name="tiny", space="quick", num_samples=3, max_concurrent=1, gate=0.01, embed_dim=16,
+            num_heads=2, depth=1, batch_size=32, epochs=2, warmup=1, grace=1, lr=2e-3, ema=0.9, mixup=0.0, cutmix=0.0,
+            randaugment=None, cutout=None, val_images=40, max_failures=0,
         )  # fmt: skip
         return RunConfig(**{**fields, **changes})
 
     return make
 
 
-TINY_FIXED = ("embed_dim", "depth", "patch_size")  # of the space `quick`: as if the user had typed them
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_fixed() -> tuple[str, ...]:
-    """The searched parameters that a tiny run keeps at its own values."""
-    return TINY_FIXED
+    """The parameters of the space `quick` that a tiny run keeps at its own values, as if the user had typed them."""
+    return ("embed_dim", "depth", "patch_size")
 
 
-def striped_images(n: int, *, channels: int = 3, size: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Noise with a bright stripe whose place is the class (of ten): learnable, uint8 (n, channels, size, size)."""
-    generator = np.random.default_rng(seed)
-    images = generator.integers(0, 120, size=(n, channels, size, size), dtype=np.uint8)
-    labels = (np.arange(n) % 10).astype(np.int64)
-    for image, label in zip(images, labels, strict=True):
-        image[:, :, label * size // 10 : (label + 1) * size // 10] += 120
-    return images, labels
+@pytest.fixture(scope="session")
+def tinted() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Makes images and labels; see `tinted_images`."""
+    return tinted_images
 
 
-@pytest.fixture
-def striped() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    """Makes images and labels; see `striped_images`."""
-    return striped_images
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_data() -> Any:
-    """200 striped images as Stage 1 sees CIFAR-10: 160 to train on, 40 to validate."""
+    """200 tinted images as Stage 1 sees CIFAR-10: 160 to train on, 40 to validate."""
     from nkat_ray.data.selection import Selection
     from nkat_ray.search.trainable import Stage1Data
 
-    images, labels = striped_images(200)
+    images, labels = tinted_images(200)
     selection = Selection(images, labels, np.arange(160), np.arange(160, 200))
     return Stage1Data(name="cifar10", selection=selection, num_classes=10, grey=False, flip=True)
+
+
+def tinted_images(n: int, *, channels: int = 3, size: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Noise in ten tints, a class each (learnable whatever is cropped or flipped), uint8 (n, channels, size, size)."""
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 120, size=(n, channels, size, size), dtype=np.uint8)
+    labels = (np.arange(n) % 10).astype(np.int64)
+    tints = labels[:, None] // 3 ** np.arange(channels) % 3  # three levels a channel, as the digits of the class
+    return images + (45 * tints).astype(np.uint8)[:, :, None, None], labels

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from timm.utils import freeze_batch_norm_2d
 from torch import nn
 
 from nkat_ray.config import Transfer, TrialConfig
@@ -87,8 +88,10 @@ def _take_backbone(model: nn.Module, source: Weights) -> None:
 
 
 def _freeze_backbone(model: nn.Module) -> None:
+    """Leave the head alone to be trained; BatchNorm keeps its statistics too, which training mode would move."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
+    freeze_batch_norm_2d(model)
 
 
 def save_weights(weights: Weights, payload: bytes, folder: Path) -> None:
