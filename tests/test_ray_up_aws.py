@@ -99,7 +99,7 @@ def test_ray_then_went_on_to_ssh_and_no_further(launched: Any) -> None:
 
 
 def _inside(folder: Path) -> None:
-    """Loopback, moto's server, `ray up`, what it made. All processes end with this one, the first of their namespace."""
+    """Loopback, moto's server, `ray up`, what it made. All processes end with this one, the first of the namespace."""
     _loopback_up()
     home = folder / "home"
     (home / ".ray").mkdir(parents=True)
