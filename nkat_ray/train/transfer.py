@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from timm.utils import freeze_batch_norm_2d
+from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
 from nkat_ray.config import Transfer, TrialConfig
