@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
@@ -99,13 +100,12 @@ class JournalCallback(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial that raised, or lost its process, and is tried again from its checkpoint."""
-        error = one_line(trial.get_pickled_error() or trial.get_error())
-        self._listeners.on_notice(f"trial {trial.config['trial']} is tried again after a fault: {error}")
+        self._listeners.on_notice(f"trial {trial.config['trial']} is tried again after a fault: {_error_of(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial that raised more often than it may be retried."""
-        record, error = self._record(trial), trial.get_pickled_error() or trial.get_error()
-        if self._write_end(record, "error", None, error=one_line(error)):
+        record = self._record(trial)
+        if self._write_end(record, "error", None, error=_error_of(trial)):
             self._tell_end(record)
         self._tidy(record)
 
@@ -167,6 +167,12 @@ class JournalCallback(Callback):
 def _best(record: TrialRecord) -> float:
     best = record.best_row()
     return math.nan if best is None else best[LOCAL_TPE]
+
+
+def _error_of(trial: Trial) -> str:
+    """The newest error of a trial. Read from the driver's own file: what `get_error` reads is copied there later."""
+    path = trial.error_file
+    return one_line(Path(path).read_text()) if path and Path(path).exists() else "its process was lost"
 
 
 def one_line(error: object) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nkat_ray.search import callbacks
 from nkat_ray.search.callbacks import ROW_KEYS, JournalCallback, Listeners, one_line, remove_checkpoints
 from nkat_ray.search.journal import JOURNAL_FILE, Journal, TrialRecord
 
@@ -16,14 +17,13 @@ NAN = math.nan
 class FakeTrial(SimpleNamespace):
     """What the callback looks at of Tune's trial."""
 
-    def __init__(self, number: int, *, error: Any = None, pickled: Any = None) -> None:
+    def __init__(self, number: int, *, error_file: Path | None = None) -> None:
         super().__init__(
             config={"trial": number},
             trial_id=f"id{number}",
             storage=SimpleNamespace(trial_dir_name=f"dir{number}"),
             last_result={},
-            get_error=lambda: error,
-            get_pickled_error=lambda: pickled,
+            error_file=None if error_file is None else str(error_file),
         )
 
 
@@ -56,7 +56,7 @@ class Stage:
         for number in range(3):
             self.journal.write("proposed", trial=number, params={"depth": 5}, seed=1, study_number=number)
         self.heard, self.expired = Heard(folder / JOURNAL_FILE), False
-        names = ("on_trial_start", "on_result", "on_trial_end", "on_survivor")
+        names = ("on_trial_start", "on_result", "on_trial_end", "on_survivor", "on_notice")
         self.callback = JournalCallback(
             self.journal, folder="/tune/attempt_001", gate=0.6, max_epochs=4, tell=self.heard("tell"),
             expired=lambda: self.expired, listeners=Listeners(**{name: self.heard(name) for name in names}),
@@ -230,19 +230,56 @@ def test_the_gates_reason_wins_over_the_clock(stage: Stage) -> None:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_ends_the_trial_with_one_line(stage: Stage) -> None:
-    trial = FakeTrial(0, error="Traceback\n  File\nRuntimeError: on purpose\n\n")
+ERRORS = """\
+Failure # 1 (occurred at 2026-01-01_00-00-00)
+Traceback
+RuntimeError: the first
+Failure # 2 (occurred at 2026-01-01_00-01-00)
+Traceback
+  File "x.py", line 1, in f
+RuntimeError: on purpose
+
+"""
+
+
+def test_an_error_ends_the_trial_with_one_line_of_the_newest(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "error.txt").write_text(ERRORS)
+    trial = FakeTrial(0, error_file=tmp_path / "error.txt")
     stage.callback.on_trial_error(0, [], trial)  # type: ignore[arg-type]
     record = stage.record(trial)
     assert (record.stop_reason, record.error, record.stop_detail) == ("error", *["RuntimeError: on purpose"] * 2)
     assert stage.heard.names == ["tell", "on_trial_end"]
 
 
-def test_an_error_after_some_epochs_keeps_them(stage: Stage) -> None:
-    trial = FakeTrial(0, pickled=RuntimeError("first\nlast"))
+@pytest.mark.parametrize("error_file", [None, Path("/nowhere/error.txt")])
+def test_an_error_without_a_text_after_some_epochs_keeps_them(stage: Stage, error_file: Path | None) -> None:
+    trial = FakeTrial(0, error_file=error_file)
     stage.result(trial, 1, 0.3)
     stage.callback.on_trial_error(0, [], trial)  # type: ignore[arg-type]
-    assert (list(stage.record(trial).curve), stage.record(trial).error) == ([1], "last")
+    assert (list(stage.record(trial).curve), stage.record(trial).error) == ([1], "its process was lost")
+
+
+def test_a_trial_that_is_tried_again_is_noticed(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "error.txt").write_text(ERRORS)
+    stage.callback.on_trial_recover(0, [], FakeTrial(2, error_file=tmp_path / "error.txt"))  # type: ignore[arg-type]
+    expected = "trial 2 is tried again after a fault: RuntimeError: on purpose"
+    assert stage.heard.calls == [("on_notice", (expected,))]
+
+
+def test_notices_of_a_trial_are_told_with_its_number(stage: Stage) -> None:
+    stage.result(FakeTrial(1), 1, 0.3, notices=["out of memory", "again"])
+    assert stage.heard.calls[1:] == [("on_notice", (f"trial 1: {text}",)) for text in ("out of memory", "again")]
+
+
+def test_checkpoints_that_cannot_be_removed_do_not_end_the_search(stage: Stage, monkeypatch: Any) -> None:
+    def unreachable(_: TrialRecord) -> None:
+        raise OSError("no answer")
+
+    monkeypatch.setattr(callbacks, "remove_checkpoints", unreachable)
+    trial = FakeTrial(0)
+    stage.result(trial, 4, 0.3, done=True, stop_reason="gate")
+    assert stage.complete(trial).stop_reason == "gate"
+    assert stage.heard.names[-1] == "on_notice"
 
 
 @pytest.mark.parametrize(
