@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -138,10 +139,11 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(kind, whole, tmp_path
     assert enqueued == first[:2]
 
 
-def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_a_run_that_resume_continues(number, tmp_path):
     process = launch(tmp_path, "--gate", "0.12")
     wait_for(tmp_path, "end", 1, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     code, output = finish(process, timeout=120)
     assert code == 130, output
     assert "--resume --name r" in output
@@ -164,3 +166,57 @@ def test_a_run_that_another_driver_holds_is_refused(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_bucket_run_goes_on_from_another_machine(tmp_path, monkeypatch):
+    bucket = tmp_path / "bucket"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first machine"))
+    process = launch(f"file://{bucket}", "--gate", "0.12")
+    end = time.monotonic() + 600
+    while not (bucket / "r" / "trials.parquet").exists():  # the first snapshot: at a trial's end
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(1)  # the snapshot's last file
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = ended(bucket)
+    assert before
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second machine"))
+    code, output = finish(launch(f"file://{bucket}", resume=True))
+    assert code == 0, output
+    assert sorted(ended(bucket)) == list(range(5))
+    assert ended(bucket)[: len(before)] == before
+    for name in ("summary.json", "stage2.parquet", "best/model.safetensors", "report.html"):
+        assert (bucket / "r" / name).stat().st_size > 0
+
+
+def test_missing_datasets_lower_robustness_and_stop_nothing(tmp_path):
+    real = os.environ.get("NKAT_DATA_DIR")
+    if not real:
+        pytest.skip("NKAT_DATA_DIR is unset: no real data")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"cifar10-{split}.parquet").symlink_to(Path(real) / f"cifar10-{split}.parquet")
+    flags = ["--data", "auto", "--data_dir", folder, "--gate", "0.05", "--num_samples", "1"]
+    code, output = finish(launch(tmp_path, *flags))
+    assert code == 0, output
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["winner"]["robustness"] == 0.25
+    assert summary["verdict"] == "undecided"
+    assert {name: found["digest"] is None for name, found in summary["data"].items()} == {
+        "mnist": True, "fashion_mnist": True, "emnist_letters": True, "cifar10": False,
+    }  # fmt: skip
+    assert "1 of 4" in output
+
+
+def test_an_address_without_a_cluster_is_refused_and_leaves_nothing(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"  # bound, but nobody listens
+        code, output = finish(launch(tmp_path, "--address", address), timeout=120)
+    assert code == 2, output
+    assert "no Ray cluster answers" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "r").exists()

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nkat_ray.config import RunConfig
 from nkat_ray.search.resources import Cluster, Share, cluster_of, refuse_oversized
 
 HEAD_MARKER = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves its configuration on the head under this name
+CONNECT_S = 5.0
 GPU_PROBE_S = 60.0  # a worker imports torch to say how much memory its GPU has
 SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 this leaves the terminal to the run's own display
@@ -68,6 +70,7 @@ def connected(run: RunConfig) -> Iterator[str]:
     if not run.verbose:
         for name in ("ray", "ray.tune", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
+    _refuse_silence(address)
     with _without_ray_address():
         ray.init(
             address=address,
@@ -80,6 +83,22 @@ def connected(run: RunConfig) -> Iterator[str]:
         yield phrase
     finally:
         ray.shutdown()
+
+
+def _refuse_silence(address: str) -> None:
+    """Ray tries an address for minutes; a port that nobody listens on is known at once.
+
+    Raises:
+        ConnectionError: nobody answers there.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # `auto`, `local`
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        advice = "check --address, or leave it out for a local instance"
+        raise ConnectionError(f"address is {address!r}; no Ray cluster answers there ({error}); {advice}") from error
 
 
 @contextlib.contextmanager
