@@ -18,12 +18,12 @@ TRIALS = {
 } | {f"config/{name}" for name in field_names(TrialConfig)}  # fmt: skip
 CURVES = {"trial", "epoch", "train_loss", "val_accuracy", "local_tpe", "lr", "images_per_s", "epoch_s"}
 STAGE2 = {
-    "trial", "dataset", "classes", "mode", "status", "error", "val_accuracy", "n_val", "val_tpe", "test_accuracy", "n_test",
-    "ci_low", "ci_high", "tpe", "tpe_notes", "tpe_counted", "tpe_millions", "seconds",
+    "trial", "dataset", "classes", "mode", "status", "error", "val_accuracy", "n_val", "val_tpe", "test_accuracy",
+    "n_test", "ci_low", "ci_high", "tpe", "tpe_notes", "tpe_counted", "tpe_millions", "seconds",
 }  # fmt: skip
 SUMMARY = {
-    "preset", "gate", "lambda_model", "seed", "data", "n_trials", "stop_reasons", "survivors", "winner", "verdict", "targets",
-    "training_share", "wall_s", "versions", "exit_code",
+    "preset", "gate", "lambda_model", "seed", "data", "n_trials", "stop_reasons", "survivors", "winner", "verdict",
+    "targets", "training_share", "wall_s", "versions", "exit_code",
 }  # fmt: skip
 
 
@@ -44,7 +44,9 @@ def main(folder: Path) -> None:
     }
     survivors = [row["trial"] for row in trials if row["passed_gate"]]
     assert summary["survivors"] == survivors
-    assert 0 < len(survivors) < len(trials), f"{len(survivors)} of {len(trials)} passed: the gate of quick decides nothing"
+    assert 0 < len(survivors) < len(trials), (
+        f"{len(survivors)} of {len(trials)} passed: the gate of quick decides nothing"
+    )
     assert {(row["trial"], row["dataset"]) for row in stage2} == {(t, d) for t in survivors for d in STAGE2_DATASETS}
     assert all(row["status"] == "ok" for row in stage2), [row["error"] for row in stage2]
     assert all(row["ci_low"] < row["test_accuracy"] < row["ci_high"] for row in stage2)

@@ -49,7 +49,11 @@ def test_a_bad_flag_is_refused_in_one_line_and_nothing_is_written(flags, said, t
 def test_bad_input_is_refused_quickly_by_the_program_itself(tmp_path):
     clock = time.monotonic()
     done = subprocess.run(
-        [sys.executable, ROOT / "tune_round2.py", "--gate", "7"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "tune_round2.py", "--gate", "7"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -148,6 +152,19 @@ def test_the_notes_command_is_read_as_written():
 
 
 def test_off_is_none():
-    argv = ["--top_k", "off", "--top_p", "off", "--randaugment", "off", "--cutout", "off", "--ema", "off", "--clip_grad", "off"]
+    argv = [
+        "--top_k",
+        "off",
+        "--top_p",
+        "off",
+        "--randaugment",
+        "off",
+        "--cutout",
+        "off",
+        "--ema",
+        "off",
+        "--clip_grad",
+        "off",
+    ]
     config = parse(TrainConfig, argv, prog="test")
     assert {config.top_k, config.top_p, config.randaugment, config.cutout, config.ema, config.clip_grad} == {None}

@@ -68,7 +68,10 @@ def _open_pair(name: str, folder: Path, memory: Memory) -> Dataset:
     checks = {split: _check_file(name, split, headers[split], sums, memory) for split in SPLITS}
     listed = all(header.path.name in sums for header in headers.values())
     return _dataset(
-        name, headers["train"].class_names, grey=headers["train"].grey, flip=headers["train"].flip,
+        name,
+        headers["train"].class_names,
+        grey=headers["train"].grey,
+        flip=headers["train"].flip,
         where=f"{folder / name}-*.parquet ({headers['train'].source})",
         contents={split: check.content for split, check in checks.items()},
         verified=listed or all(check.known for check in checks.values()),
@@ -78,17 +81,30 @@ def _open_pair(name: str, folder: Path, memory: Memory) -> Dataset:
 
 
 def _dataset(
-    name: str, class_names: tuple[str, ...], *, grey: bool, flip: bool, where: str, contents: dict[SplitName, str],
-    verified: bool, sizes: dict[SplitName, int], reader: Reader,
+    name: str,
+    class_names: tuple[str, ...],
+    *,
+    grey: bool,
+    flip: bool,
+    where: str,
+    contents: dict[SplitName, str],
+    verified: bool,
+    sizes: dict[SplitName, int],
+    reader: Reader,
 ) -> Dataset:
     """The record of a checked dataset; a known name has its own flip rule."""
     if contents["train"] == contents["test"]:
         raise DataError(f"{where}: train and test hold the same images; accuracies would mean nothing: replace one")
     return Dataset(
-        name=name, class_names=class_names, grey=grey, flip=KNOWN[name].flip if name in KNOWN else flip,
+        name=name,
+        class_names=class_names,
+        grey=grey,
+        flip=KNOWN[name].flip if name in KNOWN else flip,
         source=where if verified else f"{where}, unverified",
-        digest=dataset_digest(contents["train"], contents["test"]), verified=verified,
-        sizes={"train": sizes["train"], "test": sizes["test"]}, reader=reader,
+        digest=dataset_digest(contents["train"], contents["test"]),
+        verified=verified,
+        sizes={"train": sizes["train"], "test": sizes["test"]},
+        reader=reader,
     )
 
 
@@ -172,7 +188,13 @@ def _open_torchvision(name: str, folder: Path) -> Dataset | None:
             found = f"its {split} images have the digest sha256:{contents[split]}, expected sha256:{expected}"
             raise DataError(f"{place} is {name} by its size, but {found}; download it again")
     return _dataset(
-        name, known.class_names, grey=known.grey, flip=known.flip,
+        name,
+        known.class_names,
+        grey=known.grey,
+        flip=known.flip,
         where=f"{folder / torchvision_layout.place(name)} (torchvision's layout)",
-        contents=contents, verified=verified, sizes=sizes, reader=reader,
+        contents=contents,
+        verified=verified,
+        sizes=sizes,
+        reader=reader,
     )

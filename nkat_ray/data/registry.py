@@ -148,7 +148,12 @@ def _run(command: list[str], folder: Path, *, seconds: int) -> None:
     tool = f"{Path(command[0]).name} {next(word for word in command[1:] if not word.startswith('-'))}"
     try:
         done = subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
             timeout=seconds,
         )
     except subprocess.TimeoutExpired as error:

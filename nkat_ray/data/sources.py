@@ -27,9 +27,7 @@ Fetcher = Callable[..., Pair]
 FETCHERS: Final[Sequence[Fetcher]] = (torchvision_source.fetch, registry.fetch)
 
 
-def open_dataset(
-    name: str, config: DataConfig, *, allow_synthetic: bool = False, notice: Notice
-) -> Dataset | Missing:
+def open_dataset(name: str, config: DataConfig, *, allow_synthetic: bool = False, notice: Notice) -> Dataset | Missing:
     """Find a dataset and check it: digests, labels, shapes (an unknown file is decoded once to know).
 
     Args:

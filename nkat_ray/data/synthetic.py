@@ -76,9 +76,14 @@ def open_synthetic(name: str, *, seed: int = 0) -> Dataset:
     reader = SyntheticReader(name, seed)
     contents = _contents(name, seed)
     return Dataset(
-        name=name, class_names=STYLES[name].class_names, grey=KNOWN[name].grey, flip=KNOWN[name].flip,
+        name=name,
+        class_names=STYLES[name].class_names,
+        grey=KNOWN[name].grey,
+        flip=KNOWN[name].flip,
         source=f"synthetic suite {VERSION}, seed {seed} (generated, not the real {name})",
-        digest=dataset_digest(*contents), verified=True, sizes={"train": SIZES["train"], "test": SIZES["test"]},
+        digest=dataset_digest(*contents),
+        verified=True,
+        sizes={"train": SIZES["train"], "test": SIZES["test"]},
         reader=reader,
     )
 
@@ -118,6 +123,7 @@ def _labels(name: str, split: SplitName, seed: int, n: int | None = None) -> Lab
 
 def _affine(motion: Motion, n: int, generator: np.random.Generator) -> Floats:
     """(n, 2, 3) maps from image coordinates in -1..1 to canvas coordinates in -1..1."""
+
     def spread(limit: float) -> NDArray[np.float64]:
         return generator.uniform(-limit, limit, n)
 
@@ -220,6 +226,7 @@ def _letters() -> Floats:
 
 def _polygons(*parts: tuple[int, str]) -> Floats:
     """Shades (0..255) with outlines "x,y x,y ..." on a 100 x 100 grid, drawn over one another."""
+
     def draw(pen: ImageDraw.ImageDraw) -> None:
         for shade, outline in parts:
             corners = [point.split(",") for point in outline.split()]
@@ -296,6 +303,8 @@ STYLES: Final[dict[str, Style]] = {
     "emnist_letters": Style(tuple(ascii_lowercase), _letters, Motion(15, (0.75, 1.15), 0.10, 0.2, 0.15), noise=0.08),
     "cifar10": Style(
         ("disc", "square", "triangle", "star", "ring", "cross", "stripes", "checks", "dots", "waves"),
-        _scenes, Motion(35, (1.15, 2.0), 0.12, 0.15, 0.15), noise=0.10,
+        _scenes,
+        Motion(35, (1.15, 2.0), 0.12, 0.15, 0.15),
+        noise=0.10,
     ),
 }

@@ -57,8 +57,13 @@ def _urls(name: str) -> list[str]:
     try:
         classes = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef)]
         body = next(node.body for node in classes if node.name == _CLASSES[name])
-        fields = {target.id: node.value for node in body if isinstance(node, ast.Assign)
-                  for target in node.targets if isinstance(target, ast.Name)}
+        fields = {
+            target.id: node.value
+            for node in body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
         value = ast.literal_eval(fields["mirrors"] if "mirrors" in fields else fields["url"])
     except (OSError, SyntaxError, ValueError, StopIteration, KeyError) as error:
         raise Unavailable(f"torchvision's addresses were not found in {source}") from error

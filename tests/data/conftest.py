@@ -35,8 +35,15 @@ def real_dir_or_none() -> Path | None:
 def write_file() -> Callable[..., Path]:
     """Writes a Parquet file by hand, so that the layout is not checked against its own writer."""
 
-    def write(path: Path, *, n: int = 20, shape: str = "8,8,3", metadata: dict[str, str | None] | None = None,
-              seed: int = 0, **columns: pa.Array | None) -> Path:
+    def write(
+        path: Path,
+        *,
+        n: int = 20,
+        shape: str = "8,8,3",
+        metadata: dict[str, str | None] | None = None,
+        seed: int = 0,
+        **columns: pa.Array | None,
+    ) -> Path:
         sizes = [int(size) for size in shape.split(",")]
         generator = np.random.default_rng(seed)
         images = generator.integers(256, size=(n, int(np.prod(sizes))), dtype=np.uint8)

@@ -20,8 +20,12 @@ def test_table_of_a_folder(tmp_path, write_pair, write_file):
     (raw / "train-images-idx3-ubyte").write_bytes(b"")
     rows = dataset_table(DataConfig(data_dir=place))
     assert states(rows) == {
-        "mnist": "present", "fashion_mnist": "present", "emnist_letters": "missing", "cifar10": "missing",
-        "pets": "present", "torn": "damaged",
+        "mnist": "present",
+        "fashion_mnist": "present",
+        "emnist_letters": "missing",
+        "cifar10": "missing",
+        "pets": "present",
+        "torn": "damaged",
     }
     pets = next(row for row in rows if row.name == "pets")
     assert (pets.classes, pets.train, pets.test, pets.digest) == (2, 20, 10, None)
@@ -37,14 +41,14 @@ def test_verify_checks_anew(tmp_path, write_pair, monkeypatch):
     place = write_pair(tmp_path / "own", "pets")
     config = DataConfig(data_dir=place)
     assert states(verify(config)) == {"pets": "unverified"}
-    row, = verify(config, ["pets"])
+    (row,) = verify(config, ["pets"])
     assert row.digest.startswith("sha256:")
     path = place / "pets-train.parquet"
     stat, data = path.stat(), bytearray(path.read_bytes())
     data[40:60] = bytes(20)
     path.write_bytes(data)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if nothing had happened
-    changed, = verify(config, ["pets"])
+    (changed,) = verify(config, ["pets"])
     assert changed.digest != row.digest
     assert states(verify(config, ["plants"])) == {"plants": "missing"}
 

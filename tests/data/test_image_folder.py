@@ -113,12 +113,15 @@ def test_bad_input(pets, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda pets: (pets / "cat" / "3.png").write_bytes(b"junk"), r"3\.png is no readable image"),
-    (lambda pets: (pets / "cat" / "3.png").write_bytes((pets / "cat" / "4.png").read_bytes()[:60]), "no readable"),
-    (lambda pets: [path.unlink() for path in sorted((pets / "cat").iterdir())[1:]], "holds 1 images; needed"),
-    (lambda pets: (pets / "cat").rename(pets / "cat,big"), "must not hold a comma"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pets: (pets / "cat" / "3.png").write_bytes(b"junk"), r"3\.png is no readable image"),
+        (lambda pets: (pets / "cat" / "3.png").write_bytes((pets / "cat" / "4.png").read_bytes()[:60]), "no readable"),
+        (lambda pets: [path.unlink() for path in sorted((pets / "cat").iterdir())[1:]], "holds 1 images; needed"),
+        (lambda pets: (pets / "cat").rename(pets / "cat,big"), "must not hold a comma"),
+    ],
+)
 def test_bad_folders(pets, tmp_path, change, message):
     change(pets)
     with pytest.raises(DataError, match=message):

@@ -21,8 +21,12 @@ def random_split(n, channels, height, width, classes=3, seed=0):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    n=st.integers(1, 40), channels=st.sampled_from([1, 3]), height=st.integers(1, 32), width=st.integers(1, 32),
-    encoding=st.sampled_from(["raw", "png", "webp"]), seed=st.integers(0, 99),
+    n=st.integers(1, 40),
+    channels=st.sampled_from([1, 3]),
+    height=st.integers(1, 32),
+    width=st.integers(1, 32),
+    encoding=st.sampled_from(["raw", "png", "webp"]),
+    seed=st.integers(0, 99),
 )
 def test_what_is_written_is_read_back(tmp_path, n, channels, height, width, encoding, seed):
     path = tmp_path / "x.parquet"
@@ -89,7 +93,7 @@ DAMAGE = {
     "no encoding": (dict(metadata={"encoding": None}), "no `encoding`"),
     "unknown encoding": (dict(metadata={"encoding": "jpeg"}), "encoding is 'jpeg'; allowed: raw, png, webp"),
     "no shape": (dict(metadata={"shape": None}), "no `shape`"),
-    "too large": (dict(shape="33,32,3"), "allowed: \"H,W\""),
+    "too large": (dict(shape="33,32,3"), 'allowed: "H,W"'),
     "four channels": (dict(shape="8,8,4"), "C 1 or 3"),
     "one number": (dict(metadata={"shape": "8"}), "shape is '8'"),
     "words": (dict(metadata={"shape": "8,8,rgb"}), "shape is '8,8,rgb'"),
@@ -110,8 +114,17 @@ DAMAGE = {
     ),
     "16 bit png": (dict(metadata={"encoding": "png"}, shape="8,8", image=grey16(3)), "is 8x8 I;16; allowed: 8x8 L"),
     "truncated png": (
-        dict(metadata={"encoding": "png"}, image=pa.array([b[:60] for b in encoded(
-            np.random.default_rng(0).integers(256, size=(3, 8, 8, 3), dtype=np.uint8), "png").to_pylist()])),
+        dict(
+            metadata={"encoding": "png"},
+            image=pa.array(
+                [
+                    b[:60]
+                    for b in encoded(
+                        np.random.default_rng(0).integers(256, size=(3, 8, 8, 3), dtype=np.uint8), "png"
+                    ).to_pylist()
+                ]
+            ),
+        ),
         "row 0 is no readable png",
     ),
 }

@@ -101,12 +101,15 @@ def test_fashion_mnist_from_apt(tmp_path, clients):
     assert unpack.startswith("dpkg-deb --fsys-tarfile")
 
 
-@pytest.mark.parametrize(("name", "script", "message"), [
-    ("npm", "echo 'npm error code ENOTFOUND' >&2; exit 1", r"npm view failed \(npm error code ENOTFOUND\)"),
-    ("npm", "exit 3", r"npm view failed \(exit code 3\)"),
-    ("npm", "exit 0", r"the client left 0 files \*\.tgz"),
-    ("npm", 'case "$1" in pack) echo junk > x.tgz;; esac', "its package is not as expected"),
-])
+@pytest.mark.parametrize(
+    ("name", "script", "message"),
+    [
+        ("npm", "echo 'npm error code ENOTFOUND' >&2; exit 1", r"npm view failed \(npm error code ENOTFOUND\)"),
+        ("npm", "exit 3", r"npm view failed \(exit code 3\)"),
+        ("npm", "exit 0", r"the client left 0 files \*\.tgz"),
+        ("npm", 'case "$1" in pack) echo junk > x.tgz;; esac', "its package is not as expected"),
+    ],
+)
 def test_npm_that_fails(tmp_path, clients, name, script, message):
     clients(name, script)
     with pytest.raises(Unavailable, match=message):

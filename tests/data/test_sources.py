@@ -56,7 +56,7 @@ def quiet(_):
 
 
 def test_a_data_folder_is_the_only_source(tmp_path, write_pair, monkeypatch):
-    first, = use(monkeypatch, Fetcher(AssertionError("asked")))
+    (first,) = use(monkeypatch, Fetcher(AssertionError("asked")))
     config = DataConfig(data_dir=write_pair(tmp_path / "own", "pets"))
     assert isinstance(open_dataset("pets", config, notice=quiet), Dataset)
     missing = open_dataset("cifar10", config, allow_synthetic=True, notice=quiet)
@@ -121,7 +121,7 @@ def test_wrong_content_is_not_kept(mnist, own_cache, monkeypatch):
 
 
 def test_a_damaged_cache_is_said_and_fetched_again(mnist, own_cache, monkeypatch):
-    fetcher, = use(monkeypatch, Fetcher(mnist))
+    (fetcher,) = use(monkeypatch, Fetcher(mnist))
     first = open_dataset("mnist", AUTO, notice=quiet)
     path = own_cache / "mnist-train.parquet"
     path.write_bytes(path.read_bytes()[:-20])
@@ -153,7 +153,7 @@ def test_threads_share_one_download(mnist, monkeypatch):
             time.sleep(0.2)
             return super().__call__(name, scratch=scratch, notice=notice)
 
-    fetcher, = use(monkeypatch, Slow(mnist))
+    (fetcher,) = use(monkeypatch, Slow(mnist))
     found = []
 
     def work():

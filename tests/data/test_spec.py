@@ -15,7 +15,10 @@ def decoded(folder: Path, name, split):
 
 def test_flip_rule():
     assert {name: known.flip for name, known in spec.KNOWN.items()} == {
-        "mnist": False, "fashion_mnist": True, "emnist_letters": False, "cifar10": True,
+        "mnist": False,
+        "fashion_mnist": True,
+        "emnist_letters": False,
+        "cifar10": True,
     }
 
 

@@ -69,12 +69,15 @@ def test_seeds_differ_and_the_choice_stays_what_it_was():
 PINNED = [6, 7, 11, 13, 18]
 
 
-@pytest.mark.parametrize(("val_images", "train_images", "message"), [
-    (100, None, r"val_images is 100; allowed: 1\.\.99"),
-    (0, None, "val_images is 0"),
-    (90, 11, r"train_images is 11; allowed: 1\.\.10"),
-    (90, 0, "train_images is 0"),
-])
+@pytest.mark.parametrize(
+    ("val_images", "train_images", "message"),
+    [
+        (100, None, r"val_images is 100; allowed: 1\.\.99"),
+        (0, None, "val_images is 0"),
+        (90, 11, r"train_images is 11; allowed: 1\.\.10"),
+        (90, 0, "train_images is 0"),
+    ],
+)
 def test_too_few_images(val_images, train_images, message):
     with pytest.raises(DataError, match=message):
         split_validation(np.zeros(100, np.int64), val_images=val_images, train_images=train_images)

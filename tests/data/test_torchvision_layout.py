@@ -95,12 +95,15 @@ def test_one_file_of_four_missing(tmp_path, memory):
         open_folder("mnist", tmp_path, memory)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda data: data[:-5], "holds 9403 values, its header says 9408"),
-    (lambda data: data[:6], "is no idx file"),
-    (lambda data: b"", "is no idx file"),
-    (lambda data: b"\0\0\x0d" + data[3:], "is no idx file"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-5], "holds 9403 values, its header says 9408"),
+        (lambda data: data[:6], "is no idx file"),
+        (lambda data: b"", "is no idx file"),
+        (lambda data: b"\0\0\x0d" + data[3:], "is no idx file"),
+    ],
+)
 def test_damaged_idx(tmp_path, memory, change, message):
     write_both(tmp_path, "mnist")
     path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
@@ -123,11 +126,14 @@ def test_gzip_bomb(monkeypatch):
         torchvision_layout.gunzip(gzip.compress(bytes(5000)))
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (Split(np.zeros((3, 1, 28, 28), np.uint8), np.array([0, 1, 10])), r"labels 0\.\.10; allowed: 0\.\.9"),
-    (Split(np.zeros((3, 1, 28, 28), np.uint8), np.array([0, 1])), "need as many"),
-    (Split(np.zeros((2, 1, 20, 28), np.uint8), np.array([0, 1])), "20x28"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Split(np.zeros((3, 1, 28, 28), np.uint8), np.array([0, 1, 10])), r"labels 0\.\.10; allowed: 0\.\.9"),
+        (Split(np.zeros((3, 1, 28, 28), np.uint8), np.array([0, 1])), "need as many"),
+        (Split(np.zeros((2, 1, 20, 28), np.uint8), np.array([0, 1])), "20x28"),
+    ],
+)
 def test_inconsistent_idx(tmp_path, memory, data, message):
     write_both(tmp_path, "mnist")
     write_idx(tmp_path, "mnist", "train", data)
