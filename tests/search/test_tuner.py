@@ -1,0 +1,344 @@
+"""Stage 1 for real: trials of two epochs of a tiny network, one at a time, in Ray's processes."""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from nkat_ray.config import RunConfig
+from nkat_ray.search import tuner
+from nkat_ray.search.callbacks import ROW_KEYS, Listeners
+from nkat_ray.search.journal import JOURNAL_FILE, Journal, RunState, TrialRecord, read_state
+from nkat_ray.search.resources import Cluster
+from nkat_ray.search.scheduler import ResumableASHA
+from nkat_ray.search.searcher import STUDY_FILE, STUDY_NAME, trial_seed
+from nkat_ray.search.space import baseline_point, domains, round1_point
+from nkat_ray.search.vault import open_vault, withdraw
+from nkat_ray.train.checkpoint import WEIGHTS_FILE, Weights, load_state
+
+COMPLETE, PRUNED, FAIL = (getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "FAIL"))
+
+
+@dataclass
+class Stage1:
+    """A run's folder and what is needed to tune in it, as often as one likes."""
+
+    folder: Path
+    run: RunConfig
+    fixed: tuple[str, ...]
+    data: Any
+    vault: Any
+
+    def tune(self, listeners: Listeners | None = None, **options: Any) -> RunState:
+        self.folder.mkdir(exist_ok=True)
+        journal = Journal(self.folder)
+        journal.write("run")
+        try:
+            tuner.tune_stage1(
+                self.run, fixed=self.fixed, data=self.data, vault=self.vault, journal=journal, folder=self.folder,
+                tune_folder=str(self.folder / "tune"), listeners=listeners or Listeners(),
+                cluster=Cluster(cpus=2, gpus=0, nodes=1, memory_bytes=8 * 2**30, gpu_bytes=2**30), **options,
+            )  # fmt: skip
+        finally:
+            journal.close()
+        return journal.state
+
+    def study(self) -> optuna.Study:
+        storage = JournalStorage(JournalFileBackend(str(self.folder / STUDY_FILE)))
+        return optuna.load_study(study_name=STUDY_NAME, storage=storage)
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / JOURNAL_FILE).read_text().splitlines()]
+
+    def forget(self, *forgotten: Callable[[dict[str, Any]], bool]) -> None:
+        """Take events out of the journal: what a kill at that moment would have left."""
+        kept = [event for event in self.events() if not any(forget(event) for forget in forgotten)]
+        (self.folder / JOURNAL_FILE).write_text("".join(json.dumps(event) + "\n" for event in kept))
+
+
+@dataclass
+class Whole:
+    """Three trials that nothing disturbed."""
+
+    stage: Stage1
+    state: RunState
+    told: list[tuple[str, int]]
+
+
+@pytest.fixture(scope="module")
+def vault(ray_local: Any) -> Iterator[Any]:
+    handle = open_vault(f"test-{uuid.uuid4().hex}")
+    yield handle
+    ray_local.kill(handle)
+
+
+@pytest.fixture(scope="module")
+def make(
+    tmp_path_factory: pytest.TempPathFactory, tiny_run: Callable[..., Any], tiny_fixed: Any, tiny_data: Any, vault: Any
+) -> Callable[..., Stage1]:
+    """Makes a Stage 1 in a new folder; options are the run's."""
+    return lambda **changes: Stage1(tmp_path_factory.mktemp("run"), tiny_run(**changes), tiny_fixed, tiny_data, vault)
+
+
+@pytest.fixture(scope="module")
+def whole(make: Callable[..., Stage1]) -> Whole:
+    stage, told = make(seed=3, grace=2), []  # ASHA judges at the last epoch alone: every trial has two
+
+    def hear(name: str) -> Callable[..., None]:
+        return lambda first, *_: told.append((name, first.trial if isinstance(first, TrialRecord) else first))
+
+    names = ("on_trial_start", "on_result", "on_trial_end", "on_survivor")
+    state = stage.tune(Listeners(**{name: hear(name) for name in names}))
+    return Whole(stage, state, told)
+
+
+def outcome(record: TrialRecord) -> dict[str, Any]:
+    """Everything of a trial but times, places and names."""
+    times = {"epoch_s", "started_s", "images_per_s"}
+    return {
+        "params": record.params, "seed": record.seed, "reason": record.stop_reason,
+        "curve": {epoch: {k: v for k, v in row.items() if k not in times} for epoch, row in record.curve.items()},
+    }  # fmt: skip
+
+
+def outcomes(state: RunState) -> dict[int, dict[str, Any]]:
+    return {number: outcome(record) for number, record in sorted(state.trials.items())}
+
+
+# --- three trials from first to last ----------------------------------------------------------------------------------
+
+
+def test_every_trial_ends_with_a_reason_and_its_curve(whole: Whole) -> None:
+    assert sorted(whole.state.trials) == [0, 1, 2]
+    for record in whole.state.trials.values():
+        assert (record.stop_reason, sorted(record.curve)) == ("finished", [1, 2])
+        assert record.stop_detail
+        for row in record.curve.values():
+            assert set(row) == set(ROW_KEYS)
+            assert 0 <= row["local_tpe"] == pytest.approx(row["val_accuracy"] / math.log10(1 + row["lambda_theory"]))
+            assert (row["cpus"], row["gpus"]) == (1, 0)
+
+
+def test_the_journal_says_the_same_afterwards(whole: Whole) -> None:
+    assert outcomes(read_state(whole.stage.folder)) == outcomes(whole.state)
+    assert whole.state.stage1_done
+    assert whole.state.slots == 1
+    kinds = [event["event"] for event in whole.stage.events()]
+    assert kinds[:4] == ["run", "slots", "proposed", "started"]
+    assert kinds[-1] == "stage1_done"
+    assert kinds.count("proposed") == kinds.count("started") == kinds.count("end") == 3
+
+
+def test_the_first_trials_are_the_two_points(whole: Whole) -> None:
+    run = whole.stage.run
+    space = domains(run, whole.stage.fixed)
+    assert whole.state.trials[0].params == baseline_point(run, space)
+    assert whole.state.trials[1].params == round1_point(run, space)[0]
+    assert [r.seed for r in whole.state.trials.values()] == [trial_seed(3, number) for number in range(3)]
+
+
+def test_listeners_hear_of_everything_in_order(whole: Whole) -> None:
+    for number in whole.state.trials:
+        heard = [name for name, trial in whole.told if trial == number]
+        assert heard == ["on_trial_start", "on_result", "on_survivor", "on_result", "on_trial_end"]
+    assert [trial for name, trial in whole.told if name == "on_trial_end"] == [0, 1, 2]
+
+
+def test_the_study_is_told_of_every_trial(whole: Whole) -> None:
+    trials = whole.stage.study().trials
+    assert len(trials) == 3
+    for frozen, record in zip(trials, whole.state.trials.values(), strict=True):
+        best = record.best_row()
+        assert best is not None
+        assert (frozen.params, frozen.state, frozen.value) == (record.params, COMPLETE, best["local_tpe"])
+        assert frozen.intermediate_values == {epoch: row["local_tpe"] for epoch, row in record.curve.items()}
+        assert frozen.user_attrs["stop_reason"] == record.stop_reason
+
+
+def test_survivors_weights_are_in_the_vault_and_on_disk(whole: Whole, ray_local: Any) -> None:
+    assert whole.state.survivors(whole.stage.run.gate) == [0, 1, 2]
+    for number, record in whole.state.trials.items():
+        reference = withdraw(whole.stage.vault, number)
+        assert reference is not None
+        payload = ray_local.get(reference)
+        newest = Path(record.checkpoints[-1])
+        assert (newest / WEIGHTS_FILE).read_bytes() == payload
+        weights, best = Weights.from_bytes(payload), record.best_row()
+        assert best is not None
+        assert (weights.epoch, weights.val_accuracy, weights.seed) == (best["epoch"], best["val_accuracy"], record.seed)
+        weights.build()
+        assert load_state(newest)["trainer"]["epoch"] == max(record.curve)
+
+
+def test_tune_keeps_two_checkpoints_a_trial(whole: Whole) -> None:
+    kept = [len(list(folder.glob("checkpoint_*"))) for folder in (whole.stage.folder / "tune").glob("*/train_trial_*")]
+    assert len(kept) == 3
+    assert max(kept) <= 2
+
+
+# --- the same seed, a finished run, no time ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # what is proposed: test_searcher; what is trained: the interrupted stage below
+def test_the_same_seed_gives_the_same_trials_and_scores(whole: Whole, make: Callable[..., Stage1]) -> None:
+    assert outcomes(make(seed=3, grace=2).tune()) == outcomes(whole.state)
+
+
+def test_a_finished_stage_is_not_done_again(whole: Whole, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole.stage.folder, tmp_path / "copy")
+    stage = Stage1(folder, whole.stage.run, whole.stage.fixed, whole.stage.data, whole.stage.vault)
+    clock = time.perf_counter()
+    assert outcomes(stage.tune()) == outcomes(whole.state)
+    assert time.perf_counter() - clock < 5
+    assert len(stage.study().trials) == 3
+
+
+def test_without_time_nothing_is_begun(make: Callable[..., Stage1]) -> None:
+    state = make(stage1_hours=1e-9).tune()
+    assert state.trials == {}
+    assert state.stage1_done
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_trials_that_break_end_by_themselves(
+    make: Callable[..., Stage1], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Trial 0 raises once after its first epoch, 1 has a loss that is not finite in epoch 2, 2 learns nothing and is
+    stopped by ASHA, 3 raises each time."""
+    marker = str(tmp_path / "raised")
+
+    def breaking(params: dict[str, Any], **given: Any) -> None:
+        import contextlib
+        import math
+        from pathlib import Path
+        from unittest import mock
+
+        import torch
+
+        from nkat_ray.search import trainable
+        from nkat_ray.train.loop import Trainer
+
+        whole, report = Trainer._backward, trainable.tune.report
+
+        def not_finite(self: Trainer, *arguments: Any) -> Any:
+            return whole(self, *arguments) if self.epoch < 1 else torch.tensor(math.nan)
+
+        def report_and_raise(row: dict[str, Any], **more: Any) -> None:
+            report(row, **more)
+            if not Path(marker).exists():
+                Path(marker).touch()
+                raise RuntimeError("once")
+
+        if params["trial"] == 3:
+            raise RuntimeError("on purpose")
+        accuracy = (0.5, 1.0, 0.0)[params["trial"]]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(Trainer, "accuracy", return_value=accuracy))
+            if params["trial"] == 0:
+                stack.enter_context(mock.patch.object(trainable.tune, "report", report_and_raise))
+            if params["trial"] == 1:
+                stack.enter_context(mock.patch.object(Trainer, "_backward", not_finite))
+            trainable.train_trial(params, **given)
+
+    monkeypatch.setattr(tuner, "train_trial", breaking)
+    stage, told = make(num_samples=4, gate=1.0, max_failures=1), []
+    state = stage.tune(Listeners(on_notice=told.append))
+    faulty, diverged, weak, raised = (state.trials[number] for number in range(4))
+
+    assert Path(marker).exists()
+    assert (faulty.stop_reason, sorted(faulty.curve)) == ("gate", [1, 2])
+    assert faulty.stop_detail is not None
+    assert "< gate 1.0" in faulty.stop_detail
+    assert told[0] == "trial 0 is tried again after a fault: RuntimeError: once"
+
+    assert (diverged.stop_reason, sorted(diverged.curve)) == ("nan", [1, 2])
+    assert math.isnan(diverged.curve[2]["local_tpe"])
+
+    assert (weak.stop_reason, sorted(weak.curve)) == ("asha", [1])
+
+    assert (raised.stop_reason, raised.curve) == ("error", {})
+    assert raised.error == "RuntimeError: on purpose"
+
+    starts = [event["trial"] for event in stage.events() if event["event"] == "started"]
+    assert starts == [0, 0, 1, 2, 3, 3]
+    assert [trial.state for trial in stage.study().trials] == [PRUNED, FAIL, PRUNED, FAIL]
+    assert state.survivors(1.0) == []
+    assert list((stage.folder / "tune").glob("*/*/checkpoint_*")) == []  # nobody survived
+    assert state.stage1_done
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_stage_goes_on_where_it_was(
+    whole: Whole, make: Callable[..., Stage1], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rungs: list[dict[float, dict[str, float]]] = []
+
+    class Watched(ResumableASHA):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            rungs.append(self.rungs())
+
+        def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
+            super().on_trial_complete(tune_controller, trial, result)
+            rungs[-1] = self.rungs()
+
+    def interrupt(trial: int, row: Any) -> None:
+        if trial == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuner, "ResumableASHA", Watched)
+    stage = make(seed=3, grace=2)
+    with pytest.raises(KeyboardInterrupt):
+        stage.tune(Listeners(on_result=interrupt))
+    between = read_state(stage.folder)
+    assert [record.ended for record in between.trials.values()] == [True, False]
+    assert sorted(between.trials[1].curve) == [1]
+
+    state = stage.tune()
+    assert outcome(state.trials[0]) == outcome(whole.state.trials[0])
+    assert outcome(state.trials[1]) == outcome(whole.state.trials[1])  # bit for bit from its checkpoint
+    assert sorted(state.trials) == [0, 1, 2]
+    assert all(record.ended for record in state.trials.values())
+    assert state.trials[0].curve[1]["started_s"] == between.trials[0].curve[1]["started_s"]  # not trained again
+    assert state.trials[1].curve[1]["started_s"] == between.trials[1].curve[1]["started_s"]
+    starts = [event["trial"] for event in stage.events() if event["event"] == "started"]
+    assert starts == [0, 1, 1, 2]
+    assert len(rungs) == 2
+    assert list(rungs[0][2].values()) == [between.trials[0].curve[2]["local_tpe"]]
+    assert rungs[1][2]["trial-0"] == between.trials[0].curve[2]["local_tpe"]
+    assert sorted(rungs[1][2].values()) == sorted(record.curve[2]["local_tpe"] for record in state.trials.values())
+    assert all(trial.state.is_finished() for trial in stage.study().trials)
+    assert state.stage1_done
+
+
+def test_what_an_earlier_driver_left_undone_ends_when_the_time_is_used_up(whole: Whole, tmp_path: Path) -> None:
+    """Trial 0 has had its last epoch, and only its end was not written any more; trial 1 has an epoch left to train."""
+    folder = shutil.copytree(whole.stage.folder, tmp_path / "copy")
+    run = dataclasses.replace(whole.stage.run, stage1_hours=1e-9, num_samples=9)
+    stage = Stage1(folder, run, whole.stage.fixed, whole.stage.data, whole.stage.vault)
+    stage.forget(
+        lambda event: event["event"] == "stage1_done",
+        lambda event: event["event"] == "end" and event["trial"] in (0, 1),
+        lambda event: event["event"] == "result" and event["trial"] == 1 and event["row"]["epoch"] == 2,
+    )
+    state = stage.tune()
+    assert sorted(state.trials) == [0, 1, 2]  # nothing new is begun
+    assert outcome(state.trials[0]) == outcome(whole.state.trials[0])
+    assert state.trials[0].curve[2]["started_s"] == whole.state.trials[0].curve[2]["started_s"]
+    assert (state.trials[1].stop_reason, sorted(state.trials[1].curve)) == ("budget", [1])
+    assert state.stage1_done
