@@ -25,7 +25,7 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[Any]:
     """The session's only Ray instance: two CPUs, quiet, with the settings that a run has. Yields the module."""
-    from nkat_ray.search.cluster import SETTINGS
+    from nkat_ray.search import SETTINGS
 
     with pytest.MonkeyPatch.context() as patch:
         for key, value in SETTINGS.items():

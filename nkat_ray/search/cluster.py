@@ -16,17 +16,6 @@ from nkat_ray.search.resources import Cluster, Share, cluster_of, refuse_oversiz
 HEAD_MARKER = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves its configuration on the head under this name
 CONNECT_S = 5.0
 GPU_PROBE_S = 60.0  # a worker imports torch to say how much memory its GPU has
-SETTINGS = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 this leaves the terminal to the run's own display
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run writes its own tables and event files
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is a KeyboardInterrupt in the driver: run.py ends it in order
-    "TUNE_GLOBAL_CHECKPOINT_S": "600",  # nobody reads Tune's snapshots: the journal is what a run continues from
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # else a trial whose time is up before its first epoch ends the run
-    "TUNE_WARN_THRESHOLD_S": "30",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` makes every worker install a copy of the project
-    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker without a GPU share sees no GPU
-}
 
 
 def choose_address(address: str | None) -> tuple[str, str]:
@@ -66,7 +55,6 @@ def connected(run: RunConfig) -> Iterator[str]:
     if ray.is_initialized():
         yield "the Ray instance of this process"
         return
-    os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
     if not run.verbose:
         for name in ("ray", "ray.tune", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
