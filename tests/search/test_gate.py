@@ -250,3 +250,18 @@ def test_the_defaults_are_the_specs() -> None:
 def test_a_value_out_of_range_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         LocalTPEGate(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("threshold", 1),
+        ("threshold", 1e-9),
+        ("smoke_epoch", 1),
+        ("smoke_accuracy", 0),
+        ("smoke_accuracy", 1),
+        ("max_epochs", 1),
+    ],
+)
+def test_a_value_at_the_end_of_its_range_is_allowed(name: str, value: Any) -> None:
+    assert getattr(LocalTPEGate(**{name: value}), name) == value

@@ -49,7 +49,7 @@ def some_events(journal: Journal) -> None:
     journal.write("notice", text="once")
     journal.write("stage1_done")
     journal.write("stage2", row={"trial": 0, "dataset": "mnist", "val_tpe": 0.5})
-    journal.write("ranked", order=[0])  # of no interest to the state
+    journal.write("ranked", order=[0])
     journal.write("tested", row={"trial": 0, "dataset": "mnist", "test_accuracy": 0.9})
 
 
@@ -87,7 +87,7 @@ def test_every_event_is_told(tmp_path: Path) -> None:
     assert (record.params, record.seed, record.study_number) == ({"depth": 5, "top_p": 0.8}, 100, 0)
     assert (sorted(record.curve), record.checkpoints) == ([1, 2], ["/c/0"])
     assert not state.trials[1].ended
-    assert (state.slots, state.stage1_done, state.notices) == (2, True, ["once"])
+    assert (state.slots, state.stage1_done, state.ranked, state.notices) == (2, True, True, ["once"])
     assert state.stage2[0, "mnist"]["val_tpe"] == 0.5
     assert state.tested[0, "mnist"]["test_accuracy"] == 0.9
 
@@ -162,7 +162,7 @@ def test_wall_time_is_the_sum_of_the_drivers_lives(tmp_path: Path, clock: Clock)
         clock.now = float(now)
         journal.write(kind, text="x")
     assert journal.state.attempts == [(0.0, 9.0), (100.0, 101.0)]
-    assert journal.state.wall_s == 10.0
+    assert (journal.state.wall_s, journal.state.earlier_s) == (10.0, 9.0)
 
 
 def test_a_clock_put_back_does_not_shorten_a_life(tmp_path: Path, clock: Clock) -> None:

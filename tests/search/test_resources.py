@@ -19,6 +19,7 @@ from nkat_ray.search.resources import (
     gpu_share,
     parameter_estimate,
     peak_bytes,
+    refuse_oversized,
     slots,
     trial_share,
 )
@@ -127,6 +128,29 @@ def test_what_the_user_typed_is_asked_for(typed: dict[str, Any], expected: Share
     assert trial_share(TrialConfig(), RunConfig(**typed), cluster(cpus=32, gpus=2)) == expected
 
 
+def test_a_share_fits_the_gpu_node_with_the_fewest_cores() -> None:
+    uneven = dataclasses.replace(cluster(cpus=96, gpus=4), cpus_a_gpu=4.0)
+    assert trial_share(TrialConfig(), RunConfig(gpus_per_trial=1.0), uneven) == Share(cpus=4, gpus=1.0)
+
+
+NODES = [
+    {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}},
+    {"Alive": True, "Resources": {"CPU": 32.0}},
+    {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}},
+]
+
+
+@pytest.mark.parametrize("share", [Share(cpus=8, gpus=1.0), Share(cpus=32, gpus=0.0), Share(cpus=1, gpus=0.125)])
+def test_a_request_that_one_node_can_meet_is_not_refused(share: Share) -> None:
+    refuse_oversized(share, NODES)
+
+
+@pytest.mark.parametrize("share", [Share(cpus=9, gpus=1.0), Share(cpus=33, gpus=0.0), Share(cpus=1, gpus=2.0)])
+def test_a_request_that_no_single_node_can_meet_is_refused(share: Share) -> None:
+    with pytest.raises(ValueError, match=r"the largest node has 32 CPU and 1 GPU; choose a smaller --cpus_per_trial"):
+        refuse_oversized(share, NODES)
+
+
 def test_few_cores_beside_many_gpus_still_give_each_trial_one() -> None:
     assert trial_share(TrialConfig(), RunConfig(), cluster(cpus=4, gpus=8)).cpus == 1
 
@@ -143,6 +167,9 @@ def test_few_cores_beside_many_gpus_still_give_each_trial_one() -> None:
         (RunConfig(gpus_per_trial=0.5, cpus_per_trial=1), cluster(cpus=8, gpus=2), 4),
         (RunConfig(gpus_per_trial=0.5, cpus_per_trial=3), cluster(cpus=8, gpus=2), 2),
         (RunConfig(gpus_per_trial=1.0), cluster(cpus=8, gpus=0), 1),
+        (RunConfig(max_concurrent=20), dataclasses.replace(cluster(cpus=1), elastic=True), 20),  # nodes will come
+        (RunConfig(max_concurrent=20, num_samples=5), dataclasses.replace(cluster(cpus=1), elastic=True), 5),
+        (RunConfig(), dataclasses.replace(cluster(cpus=2), elastic=True), 2),
     ],
 )
 def test_slots(run: RunConfig, there_is: Cluster, expected: int) -> None:

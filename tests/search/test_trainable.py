@@ -55,7 +55,7 @@ class FakeTune:
 def deposits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, bytes]]:
     """What went to the vault."""
     made: list[tuple[int, float, bytes]] = []
-    monkeypatch.setattr(trainable, "deposit", lambda _vault, *rest: made.append(rest))
+    monkeypatch.setattr(trainable, "deposit", lambda _vault, *rest: made.append(rest) or True)
     return made
 
 
@@ -166,6 +166,15 @@ def test_the_vault_gets_what_passes_the_gate_and_only_what_is_better(
     assert [row["best_local_tpe"] for row in fake.rows] == [
         pytest.approx(accuracy / math.log10(1 + lam)) for accuracy in (0.5, 0.7, 0.7, 0.7, 0.9)
     ]
+
+
+def test_a_vault_that_is_gone_is_noticed_and_ends_nothing(
+    train: Callable[..., FakeTune], scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted([0.5, 0.7, 0.6])
+    monkeypatch.setattr(trainable, "deposit", lambda *_: False)
+    rows = train(run={"gate": 0.51}).rows
+    assert [row["notices"] for row in rows] == [[], ["the vault is gone: the weights are kept on disk alone"], []]
 
 
 def test_below_the_gate_nothing_goes_to_the_vault(
