@@ -15,6 +15,7 @@ from nkat_ray.search.resources import Cluster, Share, cluster_of, refuse_oversiz
 
 HEAD_MARKER = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves its configuration on the head under this name
 CONNECT_S = 5.0
+LOCAL_STARTS = 3  # on a busy machine the first may be too slow
 GPU_PROBE_S = 60.0  # a worker imports torch to say how much memory its GPU has
 
 
@@ -59,18 +60,29 @@ def connected(run: RunConfig) -> Iterator[str]:
         for name in ("ray", "ray.tune", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
     _refuse_silence(address)
-    with _without_ray_address():
-        ray.init(
-            address=address,
-            include_dashboard=False if address == "local" else None,
-            log_to_driver=run.verbose,
-            logging_level=logging.INFO if run.verbose else logging.ERROR,
-            configure_logging=True,
-        )
+    for tries_left in reversed(range(LOCAL_STARTS if address == "local" else 1)):
+        try:
+            _init(address, verbose=run.verbose)
+            break
+        except Exception as error:  # Ray raises nothing narrower, and gives a local raylet 30 s to start
+            if tries_left == 0 or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
     try:
         yield phrase
     finally:
         ray.shutdown()
+
+
+def _init(address: str, *, verbose: bool) -> None:
+    with _without_ray_address():
+        ray.init(
+            address=address,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            configure_logging=True,
+        )
 
 
 def _refuse_silence(address: str) -> None:
