@@ -212,6 +212,14 @@ def test_a_trial_that_was_killed_after_its_last_epoch_ends_as_it_would_have(
     assert record.stop_detail.startswith("epoch 4: Local TPE")
 
 
+def test_a_trial_that_returned_without_an_epoch_for_no_known_reason_is_nan(stage: Stage) -> None:
+    trial = FakeTrial(0)
+    stage.result(trial, 1, 0.3)
+    row = {"done": True, "stop_reason": "nan", "stop_detail": "missing"}
+    stage.callback.on_trial_result(0, [], trial, row)  # type: ignore[arg-type]
+    assert (stage.complete(trial).stop_reason, stage.record(trial).stop_detail) == ("nan", "missing")
+
+
 def test_nan_stays_nan(stage: Stage) -> None:
     """Also when the time is used up, and in the last epoch."""
     for number, (epoch, stage.expired) in enumerate(((1, False), (2, True), (4, False))):

@@ -225,6 +225,7 @@ def test_pickled_it_remembers_its_survivors_and_its_numbers() -> None:
 def test_it_never_stops_all() -> None:
     gate = LocalTPEGate()
     gate("t", result(40, 0.1, 0.1))
+    gate("u", result(40, 0.9, 0.7))
     assert gate.stop_all() is False
 
 

@@ -215,6 +215,16 @@ def test_nan_of_an_earlier_driver_never_enters_a_rung() -> None:
     assert scheduler.rungs() == {1: {"trial-1": 0.5}, 3: {}, 9: {}}
 
 
+def test_a_trial_whose_first_epoch_lies_beyond_a_rung_is_recorded_there_as_ray_would() -> None:
+    late = TrialRecord(0, {}, 0, 0, curve={2: result(2, 0.5)})
+    recalled = ResumableASHA(max_t=9, grace_period=1, reduction_factor=3, earlier=[late])
+    live = ResumableASHA(max_t=9, grace_period=1, reduction_factor=3)
+    live.on_trial_add(None, fake(0))  # type: ignore[arg-type]
+    live.on_trial_result(None, fake(0), result(2, 0.5))  # type: ignore[arg-type]
+    assert [list(scores.values()) for scores in recalled.rungs().values()] == [[], [], [0.5]]
+    assert [list(scores.values()) for scores in live.rungs().values()] == [[], [], [0.5]]
+
+
 def test_a_trial_that_the_gate_stopped_counts_in_its_rung() -> None:
     """Tune calls on_trial_complete for it, and never on_trial_result."""
     scheduler = ResumableASHA(max_t=9, grace_period=1, reduction_factor=3)

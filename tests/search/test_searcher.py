@@ -401,7 +401,7 @@ def test_a_resumed_search_does_not_draw_the_first_ones_again(driver: Callable[..
 
 @pytest.mark.parametrize("cut", [1, 9, 60])
 def test_a_study_whose_last_line_was_cut_short_goes_on(
-    driver: Callable[..., Driver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+    driver: Callable[..., Driver], tmp_path: Path, recwarn: pytest.WarningsRecorder, cut: int
 ) -> None:
     """A machine that lost its power while Optuna wrote."""
     before = driver()
@@ -413,6 +413,7 @@ def test_a_study_whose_last_line_was_cut_short_goes_on(
     path.write_bytes(path.read_bytes()[:-cut])
     after = driver()
     assert [trial.state for trial in after.trials()] == [PRUNED, COMPLETE]  # told again
+    assert not [warning for warning in recwarn if "already reported" in str(warning.message)]
     after.run([0.5, 0.65])
     assert [trial.value for trial in driver().trials()] == [0.4, 0.7, 0.65]
 
