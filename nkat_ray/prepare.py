@@ -102,7 +102,7 @@ def write_config(
     """Write config.json: what --resume starts from."""
     if config.data_dir is not None:
         config = dataclasses.replace(config, data_dir=config.data_dir.absolute())
-    content = {**plain(asdict(config)), "fixed": sorted(fixed), "data": describe_data(datasets)}
+    content = {**plain(asdict(config)), "fixed": sorted(fixed), "found": describe_data(datasets)}
     temporary = storage.local / f".{CONFIG_FILE}"
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, storage.local / CONFIG_FILE)

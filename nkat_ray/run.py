@@ -99,7 +99,7 @@ def resume(config: RunConfig, fixed: Collection[str], console: Console) -> int:
             if code not in (None, INTERRUPTED, FAULT):
                 print_report(storage.local, console)
                 return int(code)
-        saved = json.loads((storage.local / CONFIG_FILE).read_text())["data"]
+        saved = json.loads((storage.local / CONFIG_FILE).read_text())["found"]
         datasets = refuse_other_data(saved, open_datasets(config, console)[1])
         return _drive(config, tuple(fixed), datasets, storage, console)
 

@@ -92,7 +92,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> int:
         raise ValueError(f"out is {str(out)!r}; it exists; choose another folder")
     run, datasets = open_datasets(run, console)
     if _is_run(config.target):
-        saved = json.loads((config.target / CONFIG_FILE).read_text())["data"]
+        saved = json.loads((config.target / CONFIG_FILE).read_text())["found"]
         before = {name: saved.get(name, described) for name, described in describe_data(datasets).items()}
         datasets = refuse_other_data(before, datasets)
     out.mkdir(parents=True)

@@ -58,5 +58,5 @@ def _print(folder: Path, console: Console) -> None:
     if not state.trials:
         console.print("the run has only begun: there is nothing to report yet")
         return
-    summary = summarise(run, state, saved["data"], None)
+    summary = summarise(run, state, saved["found"], None)
     final_report(summary, trial_rows(state, run), stage2_rows(state), console, folder=folder)

@@ -53,7 +53,7 @@ class Run:
     @property
     def known(self) -> dict[str, Any]:
         """The summary, or what is known of it before it is written."""
-        data = self.config.get("data")
+        data = self.config.get("found")
         if not isinstance(data, Mapping):  # described with the configuration, or only the flag
             data = {"all": {"source": "synthetic"}} if data == "synthetic" else {}
         start = {"gate": self.gate, "preset": self.config.get("preset"), "data": data}
