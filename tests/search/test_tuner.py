@@ -213,17 +213,12 @@ def test_without_time_nothing_is_begun(make: Callable[..., Stage1]) -> None:
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-def test_trials_that_break_end_by_themselves(
-    make: Callable[..., Stage1], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Trial 0 raises once after its first epoch, 1 has a loss that is not finite in epoch 2, 2 learns nothing and is
-    stopped by ASHA, 3 raises each time."""
-    marker = str(tmp_path / "raised")
+def test_trials_that_break_end_by_themselves(make: Callable[..., Stage1], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trial 0 is well, 1 has a loss that is not finite in epoch 2, 2 learns nothing (ASHA stops it), 3 raises."""
 
     def breaking(params: dict[str, Any], **given: Any) -> None:
         import contextlib
         import math
-        from pathlib import Path
         from unittest import mock
 
         import torch
@@ -231,38 +226,28 @@ def test_trials_that_break_end_by_themselves(
         from nkat_ray.search import trainable
         from nkat_ray.train.loop import Trainer
 
-        whole, report = Trainer._backward, trainable.tune.report
+        whole = Trainer._backward
 
         def not_finite(self: Trainer, *arguments: Any) -> Any:
             return whole(self, *arguments) if self.epoch < 1 else torch.tensor(math.nan)
-
-        def report_and_raise(row: dict[str, Any], **more: Any) -> None:
-            report(row, **more)
-            if not Path(marker).exists():
-                Path(marker).touch()
-                raise RuntimeError("once")
 
         if params["trial"] == 3:
             raise RuntimeError("on purpose")
         accuracy = (0.5, 1.0, 0.0)[params["trial"]]
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(Trainer, "accuracy", return_value=accuracy))
-            if params["trial"] == 0:
-                stack.enter_context(mock.patch.object(trainable.tune, "report", report_and_raise))
             if params["trial"] == 1:
                 stack.enter_context(mock.patch.object(Trainer, "_backward", not_finite))
             trainable.train_trial(params, **given)
 
     monkeypatch.setattr(tuner, "train_trial", breaking)
-    stage, told = make(num_samples=4, gate=1.0, max_failures=1), []
-    state = stage.tune(Listeners(on_notice=told.append))
-    faulty, diverged, weak, raised = (state.trials[number] for number in range(4))
+    stage = make(num_samples=4, gate=1.0)
+    state = stage.tune()
+    well, diverged, weak, raised = (state.trials[number] for number in range(4))
 
-    assert Path(marker).exists()
-    assert (faulty.stop_reason, sorted(faulty.curve)) == ("gate", [1, 2])
-    assert faulty.stop_detail is not None
-    assert "< gate 1.0" in faulty.stop_detail
-    assert told[0] == "trial 0 is tried again after a fault: RuntimeError: once"
+    assert (well.stop_reason, sorted(well.curve)) == ("gate", [1, 2])
+    assert well.stop_detail is not None
+    assert "< gate 1.0" in well.stop_detail
 
     assert (diverged.stop_reason, sorted(diverged.curve)) == ("nan", [1, 2])
     assert math.isnan(diverged.curve[2]["local_tpe"])
@@ -272,12 +257,46 @@ def test_trials_that_break_end_by_themselves(
     assert (raised.stop_reason, raised.curve) == ("error", {})
     assert raised.error == "RuntimeError: on purpose"
 
-    starts = [event["trial"] for event in stage.events() if event["event"] == "started"]
-    assert starts == [0, 0, 1, 2, 3, 3]
     assert [trial.state for trial in stage.study().trials] == [PRUNED, FAIL, PRUNED, FAIL]
     assert state.survivors(1.0) == []
     assert list((stage.folder / "tune").glob("*/*/checkpoint_*")) == []  # nobody survived
     assert state.stage1_done
+
+
+@pytest.mark.slow
+def test_a_trial_that_raises_is_tried_again_from_its_checkpoint(
+    whole: Whole, make: Callable[..., Stage1], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Trial 0 raises once after its first epoch, 1 raises each time."""
+    marker = str(tmp_path / "raised")
+
+    def breaking(params: dict[str, Any], **given: Any) -> None:
+        from pathlib import Path
+        from unittest import mock
+
+        from nkat_ray.search import trainable
+
+        report = trainable.tune.report
+
+        def report_and_raise(row: dict[str, Any], **more: Any) -> None:
+            report(row, **more)
+            if not Path(marker).exists():
+                Path(marker).touch()
+                raise RuntimeError("once")
+
+        if params["trial"] == 1:
+            raise RuntimeError("each time")
+        with mock.patch.object(trainable.tune, "report", report_and_raise):
+            trainable.train_trial(params, **given)
+
+    monkeypatch.setattr(tuner, "train_trial", breaking)
+    stage, told = make(seed=3, grace=2, num_samples=2, max_failures=1), []
+    state = stage.tune(Listeners(on_notice=told.append))
+    assert Path(marker).exists()
+    assert outcome(state.trials[0]) == outcome(whole.state.trials[0])
+    assert (state.trials[1].stop_reason, state.trials[1].error) == ("error", "RuntimeError: each time")
+    assert told[0] == "trial 0 is tried again after a fault: RuntimeError: once"
+    assert [event["trial"] for event in stage.events() if event["event"] == "started"] == [0, 0, 1, 1]
 
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
