@@ -7,6 +7,7 @@ is loaded.
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -100,16 +101,12 @@ def parse(config: Callable[..., T], argv: Sequence[str], *, prog: str, default: 
 
 
 def _first_sentence(boxed: str, prog: str) -> str:
-    """tyro's boxed message as one line: what lies above its first rule, without the frame."""
-    lines = [re.sub(r"^[│\s]+|[│\s]+$", "", line) for line in boxed.splitlines()]
-    body: list[str] = []
-    for line in lines:
-        if not line or line[0] in "╭╰":
-            continue
-        if line[0] == "─":
-            break
-        body.append(line)
-    text = re.sub(r"^Error parsing [A-Za-z]*Config: ", "", " ".join(body))
+    """tyro's boxed message as one line: its first section. Its title is in the frame, or above in plain ASCII."""
+    lines = (re.sub(r"^[│\s]+|[│\s]+$", "", line) for line in boxed.splitlines())
+    parts = itertools.groupby(filter(None, lines), key=lambda line: bool(re.fullmatch(r"[─-]+|[╭╰].*", line)))
+    sections = [" ".join(part) for is_rule, part in parts if not is_rule]
+    body = sections[0 if boxed.startswith("╭") else 1 :][:1]
+    text = re.sub(r"^Error parsing [A-Za-z]*Config: ", "", "".join(body))
     return f"{text}; `{prog} --help` lists the flags" if body else "the command line could not be read"
 
 
@@ -227,10 +224,22 @@ def _doctor(argv: Sequence[str]) -> int:
 
 
 def _split_assignments(argv: Sequence[str]) -> list[str]:
-    """`mnist=0.99` as the two words that tyro reads into a dict."""
+    """`mnist=0.99` as the two words that tyro reads into a dict.
+
+    Raises:
+        ValueError: what follows the `=` is no number; tyro would not say which one.
+    """
     split: list[str] = []
     for arg in argv:
-        split += arg.split("=", 1) if "=" in arg and not arg.startswith("-") else [arg]
+        name, sign, value = arg.partition("=")
+        if not sign or arg.startswith("-"):
+            split.append(arg)
+            continue
+        try:
+            float(value)
+        except ValueError:
+            raise ValueError(f"accuracy of {name} is {value!r}; allowed: 0..1, as in mnist=0.99") from None
+        split += [name, value]
     return split
 
 

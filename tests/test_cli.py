@@ -46,6 +46,21 @@ def test_a_bad_flag_is_refused_in_one_line_and_nothing_is_written(flags, said, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bad_flag_is_one_line_on_a_terminal_that_knows_ascii_alone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "tune_round2.py", "--gate", "high"],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: Error parsing --gate: could not convert string to float: 'high'; `tune_round2"
+    )
+
+
 def test_bad_input_is_refused_quickly_by_the_program_itself(tmp_path):
     clock = time.monotonic()
     done = subprocess.run(
