@@ -1,8 +1,8 @@
-"""What is each of the notes' ideas worth on a small model? One factor at a time against the default, on real CIFAR-10.
+"""What is each of the notes' ideas worth on a small model? One factor at a time against the default, real CIFAR-10.
 
-The default is the notes' recipe at a size that a CPU trains in a minute. Every result is a line of a file as soon as it is
-there, so that a run that was stopped goes on where it was. Scores are validation accuracies of the last epoch (images of
-the training split; the test images are not read); a difference is between trainings of the same seed.
+The default is the notes' recipe at a size that a CPU trains in a minute. Every result is a line of a file as soon as it
+is there, so that a run that was stopped goes on where it was. Scores are validation accuracies of the last epoch
+(images of the training split; the test images are not read); a difference is between trainings of the same seed.
 
     python benchmarks/ablation.py
 """

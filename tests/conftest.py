@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-# Tiny networks gain nothing from a second thread, and on a busy machine OpenMP's threads wait for each other for minutes.
+# Tiny networks gain nothing from a second thread, and on a busy machine OpenMP's threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 REAL_DATA = os.environ.get("NKAT_DATA_DIR")  # read here: some tests take it out of the environment
 settings.register_profile("nkat", deadline=None)  # a busy machine is no reason to fail

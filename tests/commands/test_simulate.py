@@ -65,9 +65,9 @@ def test_where_the_notes_contradict_themselves(simulate):
         assert fact in said
 
 
-@pytest.mark.parametrize("flags", [("--accuracy", "mnist=0.99", "cifar10=0.8"), ("--accuracy", "mnist", "0.99", "cifar10", "0.8")])  # fmt: skip
+@pytest.mark.parametrize("flags", [("mnist=0.99", "cifar10=0.8"), ("mnist", "0.99", "cifar10", "0.8")])
 def test_accuracies_of_ones_own_replace_the_targets(simulate, flags):
-    code, said, _ = simulate(*flags)
+    code, said, _ = simulate("--accuracy", *flags)
     assert code == 0
     assert row(said, "mnist")[:3] == ["0.990", "0.69", f"{0.99 / math.log10(21):.3f}"]
     assert row(said, "emnist_letters")[0] == "0.750"  # as it was
