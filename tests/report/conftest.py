@@ -232,6 +232,7 @@ def build_run(
     running: bool = False,
     repeat: int = 1,
     journal: bool = False,
+    epochs: int = EPOCHS,
 ) -> FakeRun:
     """Write a run folder: `gate` 1.0 lets nobody pass, `running` leaves out its end, `repeat` multiplies the trials."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,10 +240,10 @@ def build_run(
     curves: list[tables.Row] = []
     stage2: list[tables.Row] = []
     for trial in range(repeat * len(ENDS)):
-        reason, epochs, accuracy, changes = ENDS[trial % len(ENDS)]
-        config = TrialConfig(epochs=EPOCHS, **changes)
+        reason, length, accuracy, changes = ENDS[trial % len(ENDS)]
+        config = TrialConfig(epochs=epochs, **changes)
         lam = lambda_notes(config.conv_stem, config.embed_dim)
-        curve = fake_curve(trial, epochs, accuracy, lam, diverges=reason == "nan")
+        curve = fake_curve(trial, length * epochs // EPOCHS, accuracy, lam, diverges=reason == "nan")
         row = fake_trial(trial, reason, curve, config, gate)
         if running and trial == repeat * len(ENDS) - 1:
             row |= {"stop_reason": None, "wall_s": None}
