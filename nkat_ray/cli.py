@@ -12,15 +12,27 @@ import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import tyro
 from rich.console import Console
 
-from nkat_ray.config import SPACES, RunConfig, TrainConfig, default_storage_path, field_names
+from nkat_ray.config import SPACES, RunConfig, ScreenConfig, TrainConfig, default_storage_path, field_names
+
+if TYPE_CHECKING:
+    from nkat_ray.report.terminal import Screen
 
 BAD_INPUT, INTERRUPTED = 2, 130
-FREE_ON_RESUME = ("address", "data_dir", "dry_run", "resume", "verbose")  # may differ from the saved run
+FREE_ON_RESUME = (
+    "address",
+    "data_dir",
+    "dry_run",
+    "json",
+    "log_to",
+    "quiet",
+    "resume",
+    "verbose",
+)  # may differ from the saved run
 
 T = TypeVar("T")
 
@@ -81,6 +93,15 @@ def _say_error(text: str) -> None:
     Console(stderr=True).print(f"error: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
+def _on_screen(config: ScreenConfig, command: "Callable[[Screen], int]") -> int:
+    """Run a command on a console that does what --quiet and --json say."""
+    from nkat_ray.report.terminal import Screen
+
+    screen = Screen(quiet=config.quiet, as_json=config.json)
+    with screen.kept_clean():
+        return command(screen)
+
+
 def parse(config: Callable[..., T], argv: Sequence[str], *, prog: str, default: Any = None) -> T:
     """The configuration from flags.
 
@@ -128,7 +149,7 @@ def _tune(argv: Sequence[str]) -> int:
         return _plan(run, fixed)
     from nkat_ray.run import start
 
-    return start(run, fixed, Console())
+    return _on_screen(run, lambda screen: start(run, fixed, screen))
 
 
 def _first_flags(argv: Sequence[str]) -> _First:
@@ -148,20 +169,24 @@ def _resume(argv: Sequence[str], first: _First) -> int:
     if first.name is not None:
         RunConfig.from_preset("quick", name=first.name)  # refuses a path instead of a name
     saved, fixed = saved_config(first.storage_path, first.name)
+    saved = dataclasses.replace(saved, quiet=False, json=False)
     run = parse(RunConfig, argv, prog="tune_round2.py", default=saved)
     _refuse_disagreement(run, saved)
     if run.dry_run:
         return _plan(run, fixed)
     from nkat_ray.run import resume
 
-    return resume(run, fixed, Console())
+    return _on_screen(run, lambda screen: resume(run, fixed, screen))
 
 
 def _plan(run: RunConfig, fixed: Collection[str]) -> int:
     from nkat_ray.commands.plan import print_plan
 
-    print_plan(run, fixed, Console())
-    return 0
+    def plan(screen: "Screen") -> int:
+        print_plan(run, fixed, screen)
+        return 0
+
+    return _on_screen(run, plan)
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -169,13 +194,14 @@ def _train(argv: Sequence[str]) -> int:
     from nkat_ray.commands.train import saved_training, train
 
     if "resume" not in typed_flags(argv) or {"-h", "--help"} & set(argv):
-        return train(parse(TrainConfig, argv, prog="nkat train"), Console())
+        config = parse(TrainConfig, argv, prog="nkat train")
+        return _on_screen(config, lambda screen: train(config, screen))
     known = [arg for arg in argv if arg not in ("-h", "--help")]
     first, _ = tyro.cli(_FirstOfTraining, args=known, use_underscores=True, return_unknown_args=True)
-    saved = saved_training(first.out)
-    config = parse(TrainConfig, argv, prog="nkat train", default=saved)
-    _refuse_disagreement(config, saved)
-    return train(config, Console())
+    saved = dataclasses.replace(saved_training(first.out), quiet=False, json=False)
+    resumed = parse(TrainConfig, argv, prog="nkat train", default=saved)
+    _refuse_disagreement(resumed, saved)
+    return _on_screen(resumed, lambda screen: train(resumed, screen))
 
 
 def _evaluate(argv: Sequence[str]) -> int:
@@ -184,22 +210,29 @@ def _evaluate(argv: Sequence[str]) -> int:
 
     folders = [Path(arg) for arg in argv if not arg.startswith("-") and Path(arg).is_dir()]
     default = with_defaults_of(folders[0]) if folders and not {"-h", "--help"} & set(argv) else None
-    return evaluate(parse(EvaluateConfig, argv, prog="nkat evaluate", default=default), Console())
+    config = parse(EvaluateConfig, argv, prog="nkat evaluate", default=default)
+    return _on_screen(config, lambda screen: evaluate(config, screen))
 
 
 def _simulate(argv: Sequence[str]) -> int:
     """What the targets ask for under each lambda, and where the notes contradict themselves."""
     from nkat_ray.commands.simulate import SimulateConfig, simulate
 
-    simulate(parse(SimulateConfig, _split_assignments(argv), prog="nkat simulate"), Console())
-    return 0
+    config = parse(SimulateConfig, _split_assignments(argv), prog="nkat simulate")
+
+    def show(screen: "Screen") -> int:
+        simulate(config, screen)
+        return 0
+
+    return _on_screen(config, show)
 
 
 def _report(argv: Sequence[str]) -> int:
     """The report of a run again, or several runs side by side."""
     from nkat_ray.commands.report import ReportConfig, report
 
-    return report(parse(ReportConfig, argv, prog="nkat report"), Console())
+    config = parse(ReportConfig, argv, prog="nkat report")
+    return _on_screen(config, lambda screen: report(config, screen))
 
 
 def _explain(argv: Sequence[str]) -> int:

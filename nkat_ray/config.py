@@ -252,7 +252,17 @@ class DataConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrialConfig, DataConfig):
+class ScreenConfig:
+    """What a command prints; nothing that is computed depends on it."""
+
+    quiet: bool = False
+    """Print the result and the paths alone; errors go to stderr all the same."""
+    json: bool = False
+    """Print one JSON document at the end on stdout, for scripts; everything else goes to stderr (--quiet: nowhere)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrialConfig, DataConfig, ScreenConfig):
     """`nkat train`: one training of one configuration on one dataset."""
 
     dataset: str = STAGE1_DATASET
@@ -274,7 +284,7 @@ class TrainConfig(TrialConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(TrialConfig, DataConfig):
+class RunConfig(TrialConfig, DataConfig, ScreenConfig):
     """One search from Stage 1 to the report. The trial's fields are the baseline; a flag that names a searched
     parameter fixes it."""
 
@@ -326,6 +336,8 @@ class RunConfig(TrialConfig, DataConfig):
     """Datasets of Stage 2; cifar10 must be among them."""
     address: str | None = None
     """Ray: an address, `auto` or `local`. Default: $RAY_ADDRESS, this head's cluster, else a local instance."""
+    log_to: Literal["off", "mlflow", "wandb"] = "off"
+    """Log every trial to MLflow ($MLFLOW_TRACKING_URI, else mlflow/ in the run's folder) or Weights & Biases too."""
     resume: bool = False
     """Continue the run called --name (without a name: the newest)."""
     dry_run: bool = False

@@ -14,6 +14,7 @@ EPOCH: Final = "epoch"
 TRAIN_LOSS: Final = "train_loss"
 VAL_ACCURACY: Final = "val_accuracy"
 LOCAL_TPE: Final = "local_tpe"
+ATTENTION_ENTROPY: Final = "attention/entropy/block_"  # and the block's number: nats
 STOP_REASON: Final = "stop_reason"
 
 LAMBDA_MODELS: Final = ("notes", "counted", "millions")

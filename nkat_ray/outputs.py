@@ -7,14 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from nkat_ray import __version__
 from nkat_ray.config import RunConfig
 from nkat_ray.data import Dataset, Missing
 from nkat_ray.metrics import GLOBAL_TARGETS
 from nkat_ray.report import results, tables
-from nkat_ray.report.terminal import final_report
+from nkat_ray.report.terminal import Screen, final_report, result_lines
 from nkat_ray.search.journal import RunState
 from nkat_ray.search.rows import curve_rows, training_share, trial_rows
 
@@ -105,9 +103,8 @@ def data_phrase(datasets: Mapping[str, Dataset | Missing]) -> str:
     return "; ".join(parts)
 
 
-def print_report(folder: Path, console: Console) -> None:
+def print_report(folder: Path, screen: Screen) -> None:
     """The report of a run on the terminal, from its files."""
-    final_report(
-        tables.read_summary(folder / "summary.json"), tables.read_trials(folder / "trials.parquet"),
-        tables.read_stage2(folder / "stage2.parquet"), console, folder=folder,
-    )  # fmt: skip
+    summary, stage2 = tables.read_summary(folder / "summary.json"), tables.read_stage2(folder / "stage2.parquet")
+    final_report(summary, tables.read_trials(folder / "trials.parquet"), stage2, screen, folder=folder)
+    screen.conclude({**summary, "folder": folder.absolute()}, result_lines(summary, stage2, folder))

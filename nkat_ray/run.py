@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from nkat_ray.config import STAGE1_DATASET, RunConfig, default_storage_path
-from nkat_ray.data import Dataset
+from nkat_ray.data import Dataset, Missing
 from nkat_ray.data.selection import select_images, training_limits
 from nkat_ray.outputs import (
     FAULT,
@@ -36,11 +36,12 @@ from nkat_ray.prepare import Datasets, UsageError, describe_data, open_datasets,
 from nkat_ray.report import results, tables
 from nkat_ray.report.html import write_report
 from nkat_ray.report.tensorboard import TensorBoardLog
-from nkat_ray.report.terminal import Progress
+from nkat_ray.report.terminal import Progress, Screen
 from nkat_ray.search.journal import Journal, TrialRecord
 from nkat_ray.search.rows import curve_rows, trial_row, trial_rows
 from nkat_ray.search.space import corner_configs, domains, refuse_impossible, round1_point
 from nkat_ray.search.storage import CONFIG_FILE, RunStorage, check_writable, run_storage
+from nkat_ray.search.tracking import refuse_absent
 
 SNAPSHOT_S = 10.0  # least time between two writings of the tables while a run goes on
 
@@ -54,12 +55,12 @@ class _Run:
     datasets: Datasets
     storage: RunStorage
     journal: Journal
-    console: Console
+    console: Screen
     board: TensorBoardLog
     snapshot_s: float = 0.0
 
 
-def start(config: RunConfig, fixed: Collection[str], console: Console) -> int:
+def start(config: RunConfig, fixed: Collection[str], console: Screen) -> int:
     """Begin a run; returns its exit code.
 
     Args:
@@ -70,6 +71,7 @@ def start(config: RunConfig, fixed: Collection[str], console: Console) -> int:
         ValueError: bad input; nothing is left behind.
     """
     refuse_impossible(config, fixed)
+    refuse_absent(config)
     check_writable(config.storage_path)
     config = dataclasses.replace(config, name=config.name or f"{config.preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
     storage = run_storage(config.storage_path, str(config.name))
@@ -85,12 +87,13 @@ def start(config: RunConfig, fixed: Collection[str], console: Console) -> int:
             raise
 
 
-def resume(config: RunConfig, fixed: Collection[str], console: Console) -> int:
+def resume(config: RunConfig, fixed: Collection[str], console: Screen) -> int:
     """Continue a run (as `saved_config` gave it); prints the report of one that is finished. Returns its exit code.
 
     Raises:
         ValueError: the data are not those of before, or another driver holds the run.
     """
+    refuse_absent(config)
     storage = run_storage(config.storage_path, str(config.name))
     with storage.lock():
         summary = storage.local / tables.SUMMARY_FILE
@@ -112,7 +115,7 @@ def _refuse_existing(config: RunConfig, storage: RunStorage) -> None:
         )
 
 
-def _drive(config: RunConfig, fixed: tuple[str, ...], datasets: Datasets, storage: RunStorage, console: Console) -> int:
+def _drive(config: RunConfig, fixed: tuple[str, ...], datasets: Datasets, storage: RunStorage, console: Screen) -> int:
     """Run, or run on, to the end; whatever ends it, the tables and the report are written."""
     (storage.local / tables.SUMMARY_FILE).unlink(missing_ok=True)  # an earlier driver's: the run goes on
     journal = Journal(storage.local)
@@ -144,7 +147,8 @@ def _log_fault(run: _Run) -> None:
     """An internal fault: one line for people, the rest into a file."""
     log, text = run.storage.local / "error.log", traceback.format_exc()
     log.write_text(text)
-    run.console.print(f"error: {text.strip().splitlines()[-1]}; the log is {log}", markup=False, soft_wrap=True)
+    said = f"error: {text.strip().splitlines()[-1]}; the log is {log}"
+    Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def _stages(run: _Run) -> int:
@@ -170,7 +174,7 @@ def _stages(run: _Run) -> int:
         vault = open_vault(str(config.name))
         progress = Progress(
             name=str(config.name), preset=config.preset, gate=config.gate, data=data_phrase(run.datasets),
-            epochs=config.epochs, console=run.console,
+            epochs=config.epochs, console=run.console, quiet=run.console.quiet,
         )  # fmt: skip
         with progress:
             at_a_time = slots(config, cluster)
@@ -237,10 +241,32 @@ def _stage1(run: _Run, progress: Progress, *, cluster: Any, vault: Any) -> None:
         name=found.name, selection=select_images(found, training_limits(found, config)), num_classes=found.classes,
         grey=found.grey, flip=found.flip,
     )  # fmt: skip
+    run.board.samples({"augmented_batch": _sample(config, data)})
     tune_stage1(
         config, fixed=run.fixed, data=data, cluster=cluster, vault=vault, journal=run.journal,
         folder=run.storage.local, tune_folder=run.storage.tune_folder, listeners=listeners,
     )  # fmt: skip
+
+
+def _sample(config: RunConfig, data: Any) -> Any:
+    """What training sees: the first images as they are, and as the baseline's recipe shows them."""
+    from nkat_ray.pictures import augmented_batch
+
+    return augmented_batch(
+        config, data.selection, num_classes=data.num_classes, flip=data.flip, seed=config.seed
+    )  # fmt: skip
+
+
+def _winner_pictures(run: _Run, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the winner looks; nothing without one."""
+    from nkat_ray.pictures import winner_attention
+    from nkat_ray.train.checkpoint import WEIGHTS_FILE, Weights
+
+    found = run.datasets[STAGE1_DATASET]
+    if summary["winner"] is None or isinstance(found, Missing):
+        return {}
+    weights = Weights.from_bytes((run.storage.local / tables.BEST_FOLDER / WEIGHTS_FILE).read_bytes())
+    return winner_attention(weights, found, training_limits(found, run.config))
 
 
 def _stage2(run: _Run, progress: Progress, *, cluster: Any, vault: Any) -> int:
@@ -353,7 +379,9 @@ def _finish(run: _Run, code: int) -> None:
     rows = stage2_rows(state)
     summary = summarise(run.config, state, describe_data(run.datasets), code)
     tables.write_summary(folder / tables.SUMMARY_FILE, summary)
-    run.board.stage2(summary, trial_rows(state, run.config), rows, curve_rows(state))
+    run.board.stage2(
+        summary, trial_rows(state, run.config), rows, curve_rows(state), _winner_pictures(run, summary)
+    )  # fmt: skip
     run.board.close()
     write_report(folder)
     run.journal.close()

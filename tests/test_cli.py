@@ -1,5 +1,6 @@
 """The command line: bad input ends with one line and exit code 2, before anything is written."""
 
+import json
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nkat_ray.cli import parse, tune, typed_flags
+from nkat_ray.cli import COMMANDS, parse, tune, typed_flags
 from nkat_ray.config import RunConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +149,51 @@ def test_a_name_that_exists_is_refused(tmp_path, capsys):
     (tmp_path / "mine" / "config.json").write_text("{}")
     assert tune(["--data", "synthetic", "--storage_path", str(tmp_path), "--name", "mine"]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_an_absent_tracker_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    assert tune(["--preset", "quick", "--data", "synthetic", "--log_to", "wandb"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: log_to is 'wandb'; that package is not installed")
+    assert "\n" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_of_a_plan_is_all_that_stdout_gets(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tune(["--preset", "quick", "--data", "synthetic", "--dry_run", "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    plan = json.loads(out)
+    assert plan["configuration"]["num_samples"] == 6
+    assert "Stage 1 at most" in plan["cost"]
+    assert err == ""
+
+
+def test_json_of_a_simulation(capsys):
+    assert COMMANDS["simulate"](["--accuracy", "cifar10=0.8", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["scores"]["lambda 20"]["local_tpe"]["cifar10"] == pytest.approx(0.605, abs=5e-4)
+    assert "Accuracy demanded" in err
+
+
+def test_bad_input_leaves_stdout_empty_for_a_script(capsys):
+    assert tune(["--json", "--gate", "7"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "gate is 7" in err
+
+
+def test_what_the_screen_shows_may_change_on_resume(tmp_path, monkeypatch):
+    saved = RunConfig.from_preset("quick", name="r", quiet=True, json=True, log_to="mlflow", resume=True)
+    monkeypatch.setattr("nkat_ray.prepare.saved_config", lambda *_: (saved, ()))
+    seen = []
+    monkeypatch.setattr("nkat_ray.run.resume", lambda run, fixed, screen: seen.append(run) or 0)
+    for flags in ([], ["--json", "--log_to", "off"]):
+        assert tune(["--resume", "--name", "r", "--storage_path", str(tmp_path), *flags]) == 0
+    assert [(run.quiet, run.json, run.log_to) for run in seen] == [(False, False, "mlflow"), (False, True, "off")]
 
 
 def test_both_spellings_of_a_flag_are_read():

@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
-from nkat_ray.config import AutoFloat, AutoInt, DataConfig, LambdaModel, OptionalInt, RunConfig, Transfer, field_names
+from nkat_ray.config import (
+    AutoFloat,
+    AutoInt,
+    DataConfig,
+    LambdaModel,
+    OptionalInt,
+    RunConfig,
+    ScreenConfig,
+    Transfer,
+    field_names,
+)
 from nkat_ray.metrics import STAGE2_DATASETS
 from nkat_ray.outputs import FAULT, SURVIVED, data_phrase
 from nkat_ray.prepare import config_of_json, describe_data, open_datasets, refuse_other_data
 from nkat_ray.report import results, tables
-from nkat_ray.report.terminal import Progress, final_report
+from nkat_ray.report.terminal import Progress, Screen, final_report, result_lines
 from nkat_ray.run import survivor_of
 from nkat_ray.search.journal import JOURNAL_FILE, Journal, TrialRecord, read_state
 from nkat_ray.search.resources import Cluster, trial_share
@@ -25,7 +34,7 @@ WEIGHTS_FILE = "weights.safetensors"  # as train.checkpoint spells it; torch is 
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DataConfig):
+class EvaluateConfig(DataConfig, ScreenConfig):
     """Stage 2 alone: transfer to the datasets, validation, ranking, test figures."""
 
     target: tyro.conf.Positional[Path]
@@ -58,7 +67,9 @@ class EvaluateConfig(DataConfig):
     """Show Ray's own output too."""
 
 
-SHARED = sorted(set(field_names(EvaluateConfig)) & set(field_names(RunConfig)))  # flags that a run has too
+SHARED = sorted(  # flags that a run has too; what the screen shows is this command's own
+    (set(field_names(EvaluateConfig)) & set(field_names(RunConfig))) - set(field_names(ScreenConfig))
+)
 
 
 def with_defaults_of(target: Path) -> EvaluateConfig:
@@ -75,7 +86,7 @@ def with_defaults_of(target: Path) -> EvaluateConfig:
     return EvaluateConfig(target=target, **{name: getattr(saved, name) for name in SHARED})
 
 
-def evaluate(config: EvaluateConfig, console: Console) -> int:
+def evaluate(config: EvaluateConfig, screen: Screen) -> int:
     """Evaluate and print the report; exit code 0, or 1 when no dataset counts.
 
     Raises:
@@ -90,7 +101,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> int:
     out = config.out or config.target / "evaluations" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if out.exists():
         raise ValueError(f"out is {str(out)!r}; it exists; choose another folder")
-    run, datasets = open_datasets(run, console)
+    run, datasets = open_datasets(run, screen)
     if _is_run(config.target):
         saved = json.loads((config.target / CONFIG_FILE).read_text())["found"]
         before = {name: saved.get(name, described) for name, described in describe_data(datasets).items()}
@@ -101,7 +112,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> int:
     journal.write("run")
     progress = Progress(
         name=config.target.name, preset=run.preset, gate=run.gate, data=data_phrase(datasets), epochs=run.epochs,
-        console=console,
+        console=screen, quiet=screen.quiet,
     )  # fmt: skip
     with connected(run), progress:
         cluster = describe_cluster()
@@ -112,9 +123,13 @@ def evaluate(config: EvaluateConfig, console: Console) -> int:
         )  # fmt: skip
     rows = list(journal.state.tested.values())
     tables.write_stage2(out / tables.STAGE2_FILE, rows)
-    _print(run, rows, winner, describe_data(datasets), console)
-    console.print(f"results: {out}", markup=False, soft_wrap=True)
-    return SURVIVED if results.datasets_counted(rows, winner) else FAULT
+    code = SURVIVED if results.datasets_counted(rows, winner) else FAULT
+    summary = _summary(run, rows, winner, describe_data(datasets))
+    final_report(summary, [], rows, screen)
+    screen.print(f"results: {out}", markup=False, highlight=False, soft_wrap=True)
+    document = {**summary, "exit_code": code, "stage2": rows, "folder": out.absolute()}
+    screen.conclude(document, [*result_lines(summary, rows), f"results: {out}"])
+    return code
 
 
 def _is_run(target: Path) -> bool:
@@ -154,10 +169,10 @@ def _model(target: Path, run: RunConfig, cluster: Cluster) -> Any:
     )  # fmt: skip
 
 
-def _print(run: RunConfig, rows: list[dict[str, Any]], winner: int, data: dict[str, Any], console: Console) -> None:
-    summary = {
+def _summary(run: RunConfig, rows: list[dict[str, Any]], winner: int, data: dict[str, Any]) -> dict[str, Any]:
+    """Of summary.json's keys those that an evaluation has."""
+    return {
         "preset": run.preset, "gate": run.gate, "lambda_model": run.lambda_model, "data": data, "exit_code": 0,
         "survivors": sorted({row["trial"] for row in rows}), "stop_reasons": {},
         "winner": {"trial": winner, **dataclasses.asdict(results.result_scores(rows, winner))},
     }  # fmt: skip
-    final_report(summary, [], rows, console)

@@ -6,11 +6,10 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from nkat_ray.config import Choice, Domain, RunConfig
-from nkat_ray.report.terminal import duration
+from nkat_ray.report.terminal import Screen, duration
 from nkat_ray.search.resources import Cluster, cluster_of, epoch_flops, peak_bytes, slots, trial_share
 from nkat_ray.search.space import baseline_point, corner_configs, domains, refuse_impossible, round1_point
 
@@ -19,7 +18,7 @@ PROBE_SIZE = 1024  # side of the matrices whose product tells how fast this mach
 PROBE_S = 0.5
 
 
-def print_plan(run: RunConfig, fixed: Collection[str], console: Console) -> None:
+def print_plan(run: RunConfig, fixed: Collection[str], screen: Screen) -> None:
     """Print the resolved configuration, what the trials will ask of the cluster and the estimated cost.
 
     Raises:
@@ -28,11 +27,16 @@ def print_plan(run: RunConfig, fixed: Collection[str], console: Console) -> None
     refuse_impossible(run, fixed)
     cluster = this_machine()
     space = domains(run, fixed)
-    console.print(_table("configuration", dataclasses.asdict(run)))
-    console.print(_table("searched", {name: describe_domain(domain) for name, domain in space.items()}))
     first = {"trial 0 (baseline)": baseline_point(run, space), "trial 1 (Round-1's best)": round1_point(run, space)[0]}
-    console.print(_table("first trials", {name: _assignments(point) for name, point in first.items()}))
-    console.print(_table("cost", cost(run, fixed, cluster)))
+    plan = {
+        "configuration": dataclasses.asdict(run),
+        "searched": {name: describe_domain(domain) for name, domain in space.items()},
+        "first trials": {name: _assignments(point) for name, point in first.items()},
+        "cost": cost(run, fixed, cluster),
+    }
+    for title, rows in plan.items():
+        screen.print(_table(title, rows))
+    screen.conclude(plan, [f"{name}: {text}" for name, text in plan["cost"].items()])
 
 
 def cost(run: RunConfig, fixed: Collection[str], cluster: Cluster) -> dict[str, str]:

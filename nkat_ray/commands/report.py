@@ -3,20 +3,21 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
-from rich.console import Console
 
+from nkat_ray.config import ScreenConfig
 from nkat_ray.report import tables
 from nkat_ray.report.html import compare, write_report
-from nkat_ray.report.terminal import final_report
+from nkat_ray.report.terminal import Screen, final_report, result_lines
 from nkat_ray.search.journal import read_state
 from nkat_ray.search.rows import trial_rows
 from nkat_ray.search.storage import CONFIG_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(ScreenConfig):
     """Write report.html of a run, or one page that compares several."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -25,7 +26,7 @@ class ReportConfig:
     """File to write. Default: report.html in the run's folder, or comparison.html here."""
 
 
-def report(config: ReportConfig, console: Console) -> int:
+def report(config: ReportConfig, screen: Screen) -> int:
     """Write the page and print the report of a single run.
 
     Raises:
@@ -38,25 +39,39 @@ def report(config: ReportConfig, console: Console) -> int:
             raise ValueError(f"run is {str(folder)!r}; that folder holds no run ({CONFIG_FILE} is missing)")
     if len(config.runs) > 1:
         page = compare(*config.runs, out=config.out or Path("comparison.html"))
+        document: dict[str, Any] = {"runs": [folder.absolute() for folder in config.runs]}
+        lines: list[str] = []
     else:
-        _print(config.runs[0], console)
+        document, lines = _print(config.runs[0], screen)
         page = write_report(config.runs[0], config.out)
-    console.print(f"report: {page}", markup=False, soft_wrap=True)
+    screen.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+    screen.conclude({**document, "report": page.absolute()}, [*lines, f"report: {page}"])
     return 0
 
 
-def _print(folder: Path, console: Console) -> None:
-    """The terminal's report; of a run that is still going from its journal, without touching its files."""
-    from nkat_ray.outputs import print_report, stage2_rows, summarise
+def _print(folder: Path, screen: Screen) -> tuple[dict[str, Any], list[str]]:
+    """The terminal's report; of a run that is still going from its journal, without touching its files.
+
+    Returns:
+        The same for scripts: summary.json's keys with the folder, and the lines of --quiet.
+    """
+    from nkat_ray.outputs import stage2_rows, summarise
     from nkat_ray.prepare import config_of_json
 
     if (folder / tables.SUMMARY_FILE).exists():
-        print_report(folder, console)
-        return
-    saved = json.loads((folder / CONFIG_FILE).read_text())
-    run, state = config_of_json(saved), read_state(folder)
-    if not state.trials:
-        console.print("the run has only begun: there is nothing to report yet")
-        return
-    summary = summarise(run, state, saved["found"], None)
-    final_report(summary, trial_rows(state, run), stage2_rows(state), console, folder=folder)
+        summary = tables.read_summary(folder / tables.SUMMARY_FILE)
+        trials, stage2 = (
+            tables.read_trials(folder / tables.TRIALS_FILE),
+            tables.read_stage2(folder / tables.STAGE2_FILE),
+        )
+    else:
+        saved = json.loads((folder / CONFIG_FILE).read_text())
+        run, state = config_of_json(saved), read_state(folder)
+        if not state.trials:
+            text = "the run has only begun: there is nothing to report yet"
+            screen.print(text)
+            return {"folder": folder.absolute(), "exit_code": None}, [text]
+        summary = summarise(run, state, saved["found"], None)
+        trials, stage2 = trial_rows(state, run), stage2_rows(state)
+    final_report(summary, trials, stage2, screen, folder=folder)
+    return {**summary, "folder": folder.absolute()}, result_lines(summary, stage2)

@@ -1,12 +1,12 @@
 """`nkat simulate`: what the notes' targets amount to under each lambda, and where their arithmetic does not close."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from nkat_ray.config import TrialConfig
+from nkat_ray.config import ScreenConfig, TrialConfig
 from nkat_ray.metrics import (
     ACCURACY_TARGETS,
     GLOBAL_TARGETS,
@@ -19,13 +19,14 @@ from nkat_ray.metrics import (
     stage2_scores,
     tpe_score,
 )
+from nkat_ray.report.terminal import Screen
 
 CLAIMED_GLOBAL_TPE = 0.72  # the notes' own figure for their four target accuracies
 GATE = 0.60
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimulateConfig:
+class SimulateConfig(ScreenConfig):
     """What the targets, or accuracies of your own, amount to."""
 
     accuracy: dict[str, float] = field(default_factory=dict)
@@ -39,14 +40,19 @@ class SimulateConfig:
                 raise ValueError(f"accuracy of {name} is {value}; allowed: 0..1")
 
 
-def simulate(config: SimulateConfig, console: Console) -> None:
+def simulate(config: SimulateConfig, screen: Screen) -> None:
     """Print the expectation tables of docs/spec.md section 2."""
     accuracies = {**ACCURACY_TARGETS, **config.accuracy}
     lambdas = baseline_lambdas()
-    console.print(score_table(accuracies, lambdas))
-    console.print(demand_table())
+    screen.print(score_table(accuracies, lambdas))
+    screen.print(demand_table())
     for line in contradictions():
-        console.print(f"- {line}", markup=False, highlight=False)
+        screen.print(f"- {line}", markup=False, highlight=False)
+    scores = {name: _scores_at(accuracies, lam) for name, lam in lambdas.items()}
+    lines = [f"{name} ({lambdas[name]:.4g}): Global TPE {each['global_tpe']:.3f}" for name, each in scores.items()]
+    screen.conclude(
+        {"accuracy": accuracies, "lambdas": lambdas, "scores": scores, "contradictions": contradictions()}, lines
+    )  # fmt: skip
 
 
 def baseline_lambdas() -> dict[str, float]:
@@ -80,6 +86,11 @@ def score_table(accuracies: Mapping[str, float], lambdas: Mapping[str, float]) -
     table.add_row("Consistency", "", f"{target['consistency']:.2f}", *(f"{s.consistency:.3f}" for s in whole))
     table.add_row("Robustness", "", f"{target['robustness']:.2f}", *(f"{s.robustness:.2f}" for s in whole))
     return table
+
+
+def _scores_at(accuracies: Mapping[str, float], lam: float) -> dict[str, Any]:
+    local = {dataset: tpe_score(accuracies[dataset], lam) for dataset in STAGE2_DATASETS}
+    return {"local_tpe": local, **asdict(stage2_scores(local))}
 
 
 def demand_table() -> Table:

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,14 +25,15 @@ from nkat_ray.data.selection import Limits, Selection, select_images
 from nkat_ray.metrics import LAMBDA_MODELS, LOCAL_TPE, lambda_theory, tpe_score, wilson_interval
 from nkat_ray.report.tables import plain
 from nkat_ray.report.tensorboard import TensorBoardLog
+from nkat_ray.report.terminal import Screen
 
 SMOKE_EPOCHS, SMOKE_ACCURACY = 10, 0.45  # docs/spec.md section 4
 CHECKPOINTS_KEPT = 2
-NO_GO = 4  # exit code
+DIVERGED, NO_GO = 1, 4  # exit codes
 TRAINING_FILE = "training.json"  # the configuration, for --resume
 
 
-def train(config: TrainConfig, console: Console) -> int:
+def train(config: TrainConfig, console: Screen) -> int:
     """Train, score on the test images once at the end, and say what came out. Returns the exit code.
 
     Raises:
@@ -73,7 +73,7 @@ def saved_training(out: Path | None) -> TrainConfig:
     return TrainConfig(**{**values, "out": out})
 
 
-def _open(config: TrainConfig, console: Console) -> Dataset:
+def _open(config: TrainConfig, console: Screen) -> Dataset:
     found = open_dataset(config.dataset, config, notice=lambda text: console.print(f"note: {text}", markup=False))
     if isinstance(found, Missing):
         raise ValueError(
@@ -82,7 +82,7 @@ def _open(config: TrainConfig, console: Console) -> Dataset:
     return found
 
 
-def _train(config: TrainConfig, dataset: Dataset, images: Selection, out: Path, console: Console) -> int:
+def _train(config: TrainConfig, dataset: Dataset, images: Selection, out: Path, console: Screen) -> int:
     import torch
 
     from nkat_ray.train.checkpoint import WEIGHTS_FILE, first_whole_state
@@ -106,7 +106,8 @@ def _train(config: TrainConfig, dataset: Dataset, images: Selection, out: Path, 
         with TensorBoardLog(out / "tensorboard") as board:
             for result in _until_smoke(config, trainer):
                 score = tpe_score(result.val_accuracy, lambdas[config.lambda_model]) if _finite(result) else math.nan
-                board.on_result(0, {**dataclasses.asdict(result), LOCAL_TPE: score})
+                entropy = trainer.attention_entropy() if _finite(result) else {}
+                board.on_result(0, {**dataclasses.asdict(result), LOCAL_TPE: score, **entropy})
                 bar.update(task, completed=trainer.epoch)
                 console.print(_epoch_line(result, score, config.epochs), markup=False, highlight=False)
                 if not _finite(result):
@@ -120,12 +121,13 @@ def _train(config: TrainConfig, dataset: Dataset, images: Selection, out: Path, 
                     ).to_bytes()
                 _checkpoint(out, {"trainer": trainer.state(), "best": best, "val_accuracy": accuracy}, weights)
     if diverged:
-        console.print(
+        text = (
             f"the loss was not finite in epoch {trainer.epoch}: stopped; the last finite state is kept in "
-            f"{out}/checkpoints; a lower --lr or a smaller --clip_grad may help",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        return 1
+            f"{out}/checkpoints; a lower --lr or a smaller --clip_grad may help"
+        )
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.conclude({"error": text, "folder": out.absolute(), "exit_code": DIVERGED}, [text])
+        return DIVERGED
     assert weights is not None
     if config.smoke:
         return _smoke_verdict(accuracy, console)
@@ -194,15 +196,17 @@ def _checkpoint(out: Path, state: dict[str, Any], weights: bytes | None) -> None
         shutil.rmtree(old)
 
 
-def _smoke_verdict(accuracy: float, console: Console) -> int:
+def _smoke_verdict(accuracy: float, console: Screen) -> int:
     """As the gate judges: the tenth epoch's own accuracy, not the best so far (docs/spec.md section 6.1)."""
     go = accuracy > SMOKE_ACCURACY
-    console.print(
+    code = 0 if go else NO_GO
+    text = (
         f"{'GO' if go else 'NO-GO'}: validation accuracy {accuracy:.4f} in epoch {SMOKE_EPOCHS}; "
-        f"the rule asks for more than {SMOKE_ACCURACY}",
-        style="bold green" if go else "bold red", markup=False, highlight=False,
-    )  # fmt: skip
-    return 0 if go else NO_GO
+        f"the rule asks for more than {SMOKE_ACCURACY}"
+    )
+    console.print(text, style="bold green" if go else "bold red", markup=False, highlight=False)
+    console.conclude({"go": go, "val_accuracy": accuracy, "exit_code": code}, [text])
+    return code
 
 
 def _conclude(
@@ -212,7 +216,7 @@ def _conclude(
     payload: bytes,
     lambdas: dict[str, float],
     out: Path,
-    console: Console,
+    console: Screen,
 ) -> None:
     """Read the test images, once, with the weights that were best on validation."""
     from nkat_ray.train.checkpoint import Weights
@@ -233,8 +237,9 @@ def _conclude(
     }  # fmt: skip
     (out / "result.json").write_text(json.dumps(plain(result), indent=2) + "\n")
     tpes = ", ".join(f"{name} {score:.3f} (lambda {lambdas[name]:.4g})" for name, score in scores.items())
-    console.print(
+    text = (
         f"{dataset.name}: test accuracy {accuracy:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {n}, "
-        f"seed {config.seed}, epoch {weights.epoch}); TPE {tpes}; model in {out}/best",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"seed {config.seed}, epoch {weights.epoch}); TPE {tpes}; model in {out}/best"
+    )
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.conclude({**result, "folder": out.absolute(), "exit_code": 0}, [text])

@@ -18,7 +18,7 @@ Rows = Sequence[Mapping[str, Any]]
 RUNNING: Final = "running"  # the report's word for a stop reason of null
 COLOURS: Final = {
     "finished": "#009E73", "asha": "#E69F00", "smoke": "#56B4E9", "gate": "#0072B2", "nan": "#D55E00",
-    "error": "#CC79A7", "budget": "#999999", RUNNING: "#999999",
+    "error": "#CC79A7", "budget": "#666666", RUNNING: "#666666",
 }  # fmt: skip
 SYMBOLS: Final = {
     "finished": "circle", "asha": "triangle-up", "smoke": "square", "gate": "diamond", "nan": "x", "error": "cross",
@@ -312,7 +312,7 @@ def _timeline_bars(
         "textposition": "inside",
         "insidetextanchor": "middle",
         "textangle": 0,
-        "insidetextfont": {"color": "#000000" if kind in ("asha", "smoke", "error", "budget", RUNNING) else "#ffffff"},
+        "insidetextfont": {"color": "#000000" if kind in ("asha", "smoke", "error") else "#ffffff"},
         "customdata": said,
         "hovertemplate": "%{customdata}<extra></extra>",
         "marker": {"color": COLOURS[kind]},

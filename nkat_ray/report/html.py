@@ -249,7 +249,7 @@ def funnel(trials: Sequence[Mapping[str, Any]], winner: int | None) -> list[Step
     if others:
         kinds = ", ".join(sorted({charts.reason(row) for row in others}))
         said = f"{len(others)} did not reach it ({kinds}), {_share(_epochs(others), total)}; {said}"
-    steps.append(Step("passed the gate", len(survivors), said))
+    steps.append(Step("past the gate: survivors", len(survivors), said))
     best = [row for row in trials if row["trial"] == winner]
     chosen = f"trial {winner}, {_share(_epochs(best), total)}" if best else "none yet"
     return [*steps, Step("winner", len(best), chosen)]
@@ -276,7 +276,7 @@ def _learning(run: Run, page: Page) -> list[str]:
 
 
 def _trial_table(run: Run) -> str:
-    header = ["trial", "end", "epochs", "accuracy", "Local TPE", "lambda", *run.searched, "why"]
+    header = ["trial", "end", "epochs", "accuracy", "Local TPE", "lambda", *run.searched, "seed", "why"]
     rows = [
         [
             str(row["trial"]),
@@ -286,6 +286,7 @@ def _trial_table(run: Run) -> str:
             number(row.get("best_local_tpe")),
             number(row.get("lambda_theory"), 2),
             *(_value(row.get(tables.CONFIG_PREFIX + name)) for name in run.searched),
+            "-" if row.get("seed") is None else str(row["seed"]),
             escaped(" ".join(str(row.get("error") or row.get("stop_detail") or "").split())[:200]),
         ]
         for row in run.trials
@@ -439,12 +440,15 @@ def _command(run: Run) -> str:
     row = next((row for row in run.trials if row["trial"] == run.winner), None)
     config = tables.config_of(row) if row else dict(run.summary["winner"]["config"])
     seed = row.get("seed") if row else None
-    command = train_command(config, seed=seed, data_dir=run.config.get("data_dir"))
+    generated = bool(results.synthetic_datasets(run.known))
+    command = train_command(config, seed=seed, data_dir=run.config.get("data_dir"), synthetic=generated)
     note = '<p class="soft">What is not named has its default.</p>'
     return f'<pre id="command">{escaped(command)}</pre><button data-copy="command">Copy</button>{note}'
 
 
-def train_command(config: Mapping[str, Any], *, seed: int | None = None, data_dir: str | None = None) -> str:
+def train_command(
+    config: Mapping[str, Any], *, seed: int | None = None, data_dir: str | None = None, synthetic: bool = False
+) -> str:
     """`nkat train` with the flags that differ from its defaults, quoted for a shell."""
     default = TrialConfig()
     words = ["nkat", "train"]
@@ -455,7 +459,9 @@ def train_command(config: Mapping[str, Any], *, seed: int | None = None, data_di
             words += _flag(name, value)
     if seed is not None and seed != TrainConfig.seed:
         words += _flag("seed", seed)
-    if data_dir is not None:
+    if synthetic:
+        words += _flag("data", "synthetic")
+    elif data_dir is not None:
         words += _flag("data_dir", data_dir)
     return shlex.join(words)
 

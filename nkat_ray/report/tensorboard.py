@@ -1,11 +1,10 @@
 """A run as TensorBoard reads it: scalars and HParams for every trial, one run that compares; no TensorFlow, no torch.
 
-Layout: `trial_0003/` for each trial, `stage2/` and `compare/` for the comparison, the folder itself for what HParams
-and Custom Scalars need to know of all. The event writer is TensorBoard's own; the few summaries whose builders import
-TensorFlow are put together from the same protos here.
+Layout: `trial_0003/` for each trial, `stage2/` and `compare/` for the comparison, `samples/` for what training sees,
+the folder itself for what HParams and Custom Scalars need to know of all. The event writer is TensorBoard's own; the
+few summaries whose builders import TensorFlow are put together from the same protos here.
 """
 
-import io
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from tensorboard.util import tensor_util
 
 from nkat_ray.config import SPACES, Choice, Domain
 from nkat_ray.metrics import EPOCH, LOCAL_TPE, STAGE2_DATASETS, STOP_REASON, TRAIN_LOSS, VAL_ACCURACY
-from nkat_ray.report import results, tables
+from nkat_ray.report import attention, results, tables
 
 SCALARS: Final = {
     "val/accuracy": VAL_ACCURACY,
@@ -45,6 +44,7 @@ END_METRICS: Final = {
 }
 FAILED: Final = ("nan", "error")
 STAGE2_RUN: Final = "stage2"
+SAMPLES_RUN: Final = "samples"
 COMPARED: Final = "compare/local_tpe"
 
 
@@ -96,10 +96,16 @@ class TensorBoardLog:
         code = tables.STOP_REASONS.index(reason) if reason in tables.STOP_REASONS else None
         status = api_pb2.STATUS_FAILURE if reason in FAILED else api_pb2.STATUS_SUCCESS
         _add(writer, [_session_start(trial, self._hparams(row), row), _session_end(status)])
+        if detail := row.get("stop_detail") or row.get("error"):
+            _add(writer, [_text("stop_detail", f"**{reason}**: `{_one_line(detail)}`")])
         _add(writer, _scalars({STOP_CODE: code, **{tag: row.get(key) for tag, key in END_METRICS.items()}}))
         writer.close()
         del self._writers[trial]
         self._last_epoch.pop(trial, None)
+
+    def samples(self, pictures: Mapping[str, Image.Image]) -> None:
+        """What training sees, as pictures by tag; written anew each time."""
+        _write_anew(self._folder / SAMPLES_RUN, {0: [_image(tag, picture) for tag, picture in pictures.items()]})
 
     def stage2(
         self,
@@ -107,6 +113,7 @@ class TensorBoardLog:
         trials: Sequence[Mapping[str, Any]],
         stage2: Sequence[Mapping[str, Any]],
         curves: Sequence[Mapping[str, Any]] = (),
+        pictures: Mapping[str, Image.Image] | None = None,
     ) -> None:
         """The comparison after Stage 2, in a run of its own; written anew each time.
 
@@ -115,6 +122,7 @@ class TensorBoardLog:
             trials: rows of trials.parquet.
             stage2: rows of stage2.parquet.
             curves: rows of curves.parquet, for the chart of baseline, winner and gate.
+            pictures: of the winner, by tag.
         """
         for trial in sorted({row["trial"] for row in stage2}):
             self._survivor(trial, stage2)
@@ -127,6 +135,7 @@ class TensorBoardLog:
             values.append(_text("notice", "\n\n".join(f"**{notice}**" for notice in notices)))
         if winner is not None:
             values += _winner_values(stage2, winner)
+        values += [_image(tag, picture) for tag, picture in (pictures or {}).items()]
         _write_anew(self._folder / STAGE2_RUN, {0: values})
         for name, points in _comparison(curves, winner, summary["gate"]).items():
             if points:
@@ -262,11 +271,14 @@ def _text(tag: str, content: str) -> Any:
     return summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
 
 
+def _one_line(text: object) -> str:
+    """Data inside a Markdown code span."""
+    return " ".join(str(text).split()).replace("`", "'")
+
+
 def _image(tag: str, picture: Image.Image) -> Any:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
     image = summary_pb2.Summary.Image(
-        height=picture.height, width=picture.width, colorspace=3, encoded_image_string=buffer.getvalue()
+        height=picture.height, width=picture.width, colorspace=3, encoded_image_string=attention.png(picture)
     )
     return summary_pb2.Summary.Value(tag=tag, image=image)
 

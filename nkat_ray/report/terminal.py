@@ -3,11 +3,14 @@
 Both fit 80 columns. Where the output is no terminal the display degrades to plain lines, one a finished trial.
 """
 
+import contextlib
+import json
 import math
 import shlex
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +28,45 @@ from nkat_ray.report import results, tables
 WIDTH: Final = 80
 RUNNING_SHOWN: Final = 12  # running trials listed; the rest is a count
 VERDICT_STYLE: Final = {"reached": "bold green", "not reached": "bold red", "undecided": "bold yellow"}
+
+
+class Screen(Console):
+    """A command's console, and what --quiet and --json make of it (docs/spec.md section 7).
+
+    Neither: all goes to stdout. `quiet`: nothing but the result. `as_json`: stdout gets one JSON document, and all else
+    goes to stderr, or nowhere with `quiet` as well.
+    """
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        super().__init__(stderr=as_json, quiet=quiet)
+        self._as_json = as_json
+        self._stdout = sys.stdout
+
+    @contextlib.contextmanager
+    def kept_clean(self) -> Iterator[None]:
+        """With `as_json` whatever a library prints goes to stderr: stdout is the document's alone."""
+        with contextlib.redirect_stdout(sys.stderr) if self._as_json else contextlib.nullcontext():
+            yield
+
+    def conclude(self, document: Mapping[str, Any], lines: Sequence[str]) -> None:
+        """The result for scripts: the document with `as_json`, else the lines with `quiet`, else nothing."""
+        if self._as_json:
+            text = json.dumps(tables.plain(document), indent=2, allow_nan=False, ensure_ascii=False)
+            print(text, file=self._stdout, flush=True)
+        elif self.quiet:
+            print(*lines, sep="\n", file=self._stdout, flush=True)
+
+
+def result_lines(
+    summary: Mapping[str, Any], stage2: Sequence[Mapping[str, Any]], folder: Path | None = None
+) -> list[str]:
+    """What --quiet prints of a run: what a reader must know, the verdict, the paths to open."""
+    paths = [] if folder is None else [f"{name}: {path}" for name, path in _paths(folder).items()]
+    return [
+        *(f"! {notice}" for notice in results.notices(summary)),
+        results.verdict_of(summary, stage2).sentence,
+        *paths,
+    ]
 
 
 def final_report(
@@ -156,20 +198,16 @@ def _miss_lines(summary: Mapping[str, Any], trials: Sequence[Mapping[str, Any]])
 
 
 def _print_paths(console: Console, folder: Path) -> None:
-    paths = {
-        "report": folder / tables.REPORT_FILE,
-        "model": folder / tables.BEST_FOLDER,
-        "tables": folder / tables.TRIALS_FILE,
-    }
-    for name, path in paths.items():
-        if path.exists():
-            console.print(
-                f"{name:>11}  {path}", markup=False, highlight=False, soft_wrap=True
-            )  # whole, so it can be copied
+    for name, path in _paths(folder).items():  # whole, so they can be copied
+        console.print(f"{name:>11}  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _paths(folder: Path) -> dict[str, str]:
+    """What there is to open; TensorBoard as the command that opens it."""
+    files = {"report": tables.REPORT_FILE, "model": tables.BEST_FOLDER, "tables": tables.TRIALS_FILE}
+    paths = {name: str(folder / file) for name, file in files.items() if (folder / file).exists()}
     events = folder / tables.TENSORBOARD_FOLDER
-    if events.exists():
-        command = f"tensorboard --logdir {shlex.quote(str(events))}"
-        console.print(f"{'TensorBoard':>11}  {command}", markup=False, highlight=False, soft_wrap=True)
+    return paths | ({"TensorBoard": f"tensorboard --logdir {shlex.quote(str(events))}"} if events.exists() else {})
 
 
 def number(value: float | None, digits: int = 3) -> str:

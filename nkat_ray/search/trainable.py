@@ -96,6 +96,8 @@ def train_trial(
             if best >= run.gate and not deposit(vault, params["trial"], best, weights):
                 notices.append("the vault is gone: the weights are kept on disk alone")
         row = {**asdict(result), LOCAL_TPE: score, BEST_LOCAL_TPE: best if best > -math.inf else math.nan, **facts}
+        if math.isfinite(score):
+            row |= trainer.attention_entropy()
         with _checkpoint(trainer, best, weights, finite=math.isfinite(score)) as checkpoint:
             tune.report({**row, NOTICES: list(notices)}, checkpoint=checkpoint)
         notices.clear()

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import tune
 from ray.actor import ActorHandle
+from ray.tune import Callback
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from nkat_ray.config import RunConfig
@@ -18,6 +19,7 @@ from nkat_ray.search.resources import Cluster, slots, trial_share
 from nkat_ray.search.scheduler import ResumableASHA
 from nkat_ray.search.searcher import GatedOptunaSearch
 from nkat_ray.search.space import baseline_point, domains, round1_point, trial_config
+from nkat_ray.search.tracking import trackers_of
 from nkat_ray.search.trainable import Stage1Data, memory_for_trial, train_trial
 
 
@@ -75,6 +77,7 @@ def tune_stage1(
                 journal, folder=f"{tune_folder}/{attempt}", gate=run.gate, max_epochs=run.epochs, tell=searcher.tell,
                 expired=expired, listeners=listeners,
             ),
+            trackers=trackers_of(run, folder),
         )  # fmt: skip
     if any(not record.ended for record in earlier) or (len(earlier) < run.num_samples and not expired()):
         raise KeyboardInterrupt  # Tune ends in order on a signal of its own (SIGUSR1): the stage is not over
@@ -93,6 +96,7 @@ def _fit(
     searcher: GatedOptunaSearch,
     scheduler: ResumableASHA,
     callback: JournalCallback,
+    trackers: list[Callback],
     tune_folder: str,
     attempt: str,
 ) -> None:
@@ -118,7 +122,7 @@ def _fit(
             name=attempt,
             storage_path=tune_folder,
             stop=gate,
-            callbacks=[callback],
+            callbacks=[callback, *trackers],
             verbose=1 if run.verbose else 0,
             failure_config=tune.FailureConfig(max_failures=run.max_failures),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),  # the one before is used if the last is cut short

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nkat_ray.config import IMAGE_SIZE, TrialConfig
+from nkat_ray.metrics import ATTENTION_ENTROPY
+from nkat_ray.model.capture import capture_attention
 from nkat_ray.train.augment import augment, mix
 from nkat_ray.train.checkpoint import Weights
 from nkat_ray.train.optim import create_ema, create_optimizer, lr_at
 
 EVAL_BATCH = 250
+ENTROPY_IMAGES, ENTROPY_BATCH = 16, 4  # 256 tokens, 9 blocks, 8 heads: 75 MB of weights a batch
 LOSS_CHECK_STEPS = 50  # steps between looks at the loss on a GPU, where each look waits for the device
 
 
@@ -258,6 +261,20 @@ class Trainer:
         """Fraction of the images that the scored network classifies correctly, 0..1."""
         correct = count_correct(self.scored_model, images, mean=self.mean, std=self.std, device=self.device)
         return correct / len(images)
+
+    def attention_entropy(self) -> dict[str, float]:
+        """Entropy in nats of each block's attention, `attention/entropy/block_0` and so on: 0 looks at one token.
+
+        Of the scored network, as the mean over heads, queries and the first few validation images. Nothing is drawn.
+        """
+        self.scored_model.eval()
+        found = []
+        for positions in torch.arange(min(ENTROPY_IMAGES, len(self.val))).split(ENTROPY_BATCH):
+            inputs = normalise(self.val.batch(positions)[0], self.mean, self.std)
+            weights = capture_attention(self.scored_model, inputs).weights  # type: ignore[arg-type]
+            found.append(reduce(torch.special.entr(weights).sum(-1), "l b h q -> b l", "mean"))
+        blocks = torch.cat(found).mean(0).tolist()
+        return {f"{ATTENTION_ENTROPY}{block}": value for block, value in enumerate(blocks)}
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on; `torch.load(weights_only=True)` reads it."""

@@ -1,14 +1,22 @@
-"""A fake but plausible run folder, written through the tables: 8 trials, one of each end."""
+"""A fake but plausible run folder, written through the tables: 8 trials, one of each end. And a browser."""
 
+import base64
 import dataclasses
+import io
 import json
 import math
-from collections.abc import Callable
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import pytest
+from PIL import Image
 
 from nkat_ray.config import RunConfig, TrialConfig
 from nkat_ray.metrics import (
@@ -224,6 +232,7 @@ def build_run(
     running: bool = False,
     repeat: int = 1,
     journal: bool = False,
+    epochs: int = EPOCHS,
 ) -> FakeRun:
     """Write a run folder: `gate` 1.0 lets nobody pass, `running` leaves out its end, `repeat` multiplies the trials."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,10 +240,10 @@ def build_run(
     curves: list[tables.Row] = []
     stage2: list[tables.Row] = []
     for trial in range(repeat * len(ENDS)):
-        reason, epochs, accuracy, changes = ENDS[trial % len(ENDS)]
-        config = TrialConfig(epochs=EPOCHS, **changes)
+        reason, length, accuracy, changes = ENDS[trial % len(ENDS)]
+        config = TrialConfig(epochs=epochs, **changes)
         lam = lambda_notes(config.conv_stem, config.embed_dim)
-        curve = fake_curve(trial, epochs, accuracy, lam, diverges=reason == "nan")
+        curve = fake_curve(trial, length * epochs // EPOCHS, accuracy, lam, diverges=reason == "nan")
         row = fake_trial(trial, reason, curve, config, gate)
         if running and trial == repeat * len(ENDS) - 1:
             row |= {"stop_reason": None, "wall_s": None}
@@ -273,3 +282,159 @@ def make_run(tmp_path: Path) -> Callable[..., FakeRun]:
 def stage2_rows() -> Callable[..., list[tables.Row]]:
     """`stage2_rows(trial, lam, {dataset: accuracy})`: rows of one survivor."""
     return fake_stage2
+
+
+# --- a browser --------------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Browser:
+    """One page of a headless Chromium, driven over its DevTools pipe, so that no driver is needed.
+
+    It records console errors and warnings, exceptions and every request.
+    """
+
+    def __init__(self, profile: Path) -> None:
+        assert CHROMIUM is not None
+        read_there, self._write = os.pipe()
+        self._read, write_there = os.pipe()
+        flags = "--headless=new --no-sandbox --disable-gpu --remote-debugging-pipe --no-first-run --disable-extensions"
+        command = f'exec "{CHROMIUM}" {flags} --user-data-dir="{profile}" about:blank 3<&{read_there} 4>&{write_there}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", command],
+            pass_fds=(read_there, write_there),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(read_there)
+        os.close(write_there)
+        self._buffer = b""
+        self._sent = 0
+        self._session: str | None = None
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+        self.requests: list[str] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=20)
+        os.close(self._read)
+        os.close(self._write)
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Send a command and return its result; events that come meanwhile are recorded."""
+        self._sent += 1
+        message = {"id": self._sent, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == self._sent:
+                assert "error" not in answer, answer
+                return dict(answer["result"])
+            self._record(answer)
+
+    def open(self, page: Path | str, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
+        """Load a file or an address and wait until it is drawn."""
+        phone = width < 600
+        size = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.dark(dark)
+        self.call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
+        self.until("document.readyState === 'complete' && location.protocol !== 'about:'")
+        self.settle()
+
+    def until(self, condition: str, timeout_s: float = 30) -> None:
+        """Wait until a script expression is true."""
+        end = time.monotonic() + timeout_s
+        while not self.eval(condition):
+            assert time.monotonic() < end, condition
+            time.sleep(0.05)
+
+    def dark(self, on: bool) -> None:
+        """Prefer dark, or light."""
+        feature = {"name": "prefers-color-scheme", "value": "dark" if on else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[feature])
+
+    def settle(self) -> None:
+        """Let drawing and transitions come to rest."""
+        self.eval("new Promise(done => setTimeout(() => requestAnimationFrame(done), 600))")
+
+    def eval(self, expression: str) -> Any:
+        """The value of a script expression; a promise is awaited."""
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def click(self, x: float, y: float) -> None:
+        """Click at a point of the window."""
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def screenshot(self, path: Path, *, whole: bool = True) -> None:
+        """The whole page, or the window, as PNG of at most 256 colours: it may go into the documents."""
+        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+    def pdf(self, path: Path) -> None:
+        """The page as it prints."""
+        data = self.call("Page.printToPDF", printBackground=False)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            chunk = os.read(self._read, 1 << 20)
+            assert chunk, "chromium has gone"
+            self._buffer += chunk
+        line, self._buffer = self._buffer.split(b"\0", 1)
+        return dict(json.loads(line))
+
+    def _record(self, event: dict[str, Any]) -> None:
+        params = event.get("params", {})
+        match event.get("method"):
+            case "Runtime.exceptionThrown":
+                self.errors.append(str(params["exceptionDetails"]))
+            case "Runtime.consoleAPICalled" if params["type"] in ("error", "assert"):
+                self.errors.append(str(params["args"]))
+            case "Runtime.consoleAPICalled" if params["type"] == "warning":
+                self.warnings.append(str(params["args"]))
+            case "Log.entryAdded" if params["entry"]["level"] == "error":
+                self.errors.append(params["entry"]["text"])
+            case "Network.requestWillBeSent":
+                self.requests.append(params["request"]["url"])
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    """A headless Chromium with an empty profile."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    with Browser(tmp_path / "profile") as opened:
+        yield opened
+
+
+@pytest.fixture
+def screenshots(tmp_path: Path) -> Path:
+    """Where screenshots go: $NKAT_SCREENSHOTS (docs/images, for the documents), else nowhere that stays."""
+    folder = Path(os.environ.get("NKAT_SCREENSHOTS") or tmp_path / "screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def shown_run(make_run: Callable[..., FakeRun]) -> Path:
+    """The run on the screenshots: the folder $NKAT_SCREENSHOT_RUN, else the fake one."""
+    folder = os.environ.get("NKAT_SCREENSHOT_RUN")
+    return Path(folder) if folder else make_run(journal=True).folder

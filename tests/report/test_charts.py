@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nkat_ray.report import charts, tables
@@ -13,6 +14,33 @@ from nkat_ray.report import charts, tables
 
 def test_every_stop_reason_has_a_colour_and_a_mark() -> None:
     assert set(charts.COLOURS) == set(charts.SYMBOLS) == {*tables.STOP_REASONS, charts.RUNNING}
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
+COLOUR_BLIND = {
+    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+}
+TO_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
+
+
+def seen(colour: str, matrix: Any) -> np.ndarray:
+    """A colour as such an eye sees it, in CIELAB (D65)."""
+    code = np.array([int(colour[n : n + 2], 16) for n in (1, 3, 5)]) / 255
+    linear = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+    ratio = np.array(TO_XYZ) @ (np.array(matrix) @ linear).clip(0, 1) / np.array([0.95047, 1, 1.08883])
+    x, y, z = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("matrix", COLOUR_BLIND.values(), ids=COLOUR_BLIND.keys())
+def test_colour_blind_readers_tell_the_stop_reasons_apart(matrix: Any) -> None:
+    reasons = [reason for reason in charts.COLOURS if reason != charts.RUNNING]  # `running` is grey as `budget` is
+    for a, b in itertools.combinations(reasons, 2):
+        distance = np.linalg.norm(seen(charts.COLOURS[a], matrix) - seen(charts.COLOURS[b], matrix))
+        assert distance > 12, (a, b)  # 2.3 is just noticeable
+    assert len(set(charts.SYMBOLS.values())) == len(charts.SYMBOLS)  # and the marks differ
 
 
 def test_lanes_never_overlap_and_are_as_few_as_trials_at_once() -> None:

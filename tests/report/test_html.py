@@ -1,5 +1,7 @@
 """report.html from a run's files alone: whole, running, without survivors; one safe file."""
 
+import html
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -8,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 
+from nkat_ray.cli import parse
 from nkat_ray.config import TrainConfig, TrialConfig
 from nkat_ray.report import tables
-from nkat_ray.report.html import compare, funnel, load_run, train_command, write_report
+from nkat_ray.report.html import (
+    compare,
+    funnel,
+    load_run,
+    load_study,
+    study_importances,
+    train_command,
+    write_report,
+)
 
 SECTIONS = [
     "Against the targets", "From proposals to a winner", "Learning curves", "Datasets", "What mattered",
@@ -61,7 +71,9 @@ def test_sections_come_in_order(make_run: Callable[..., Any]) -> None:
 
 
 def test_one_file_that_names_no_other(make_run: Callable[..., Any]) -> None:
-    path = write_report(make_run(repeat=6, journal=True).folder)
+    run = make_run(repeat=7, epochs=40, journal=True)
+    assert len(run.trials) > 50
+    path = write_report(run.folder)
     assert path.stat().st_size < 6_000_000
     page = outline(path)
     for tag, attributes in page.tags:
@@ -90,6 +102,8 @@ def test_everything_from_data_is_escaped(make_run: Callable[..., Any], hostile: 
         "data": {hostile: {"source": hostile}},
     }  # fmt: skip
     tables.write_summary(run.folder / tables.SUMMARY_FILE, summary)
+    config = json.loads((run.folder / tables.CONFIG_FILE).read_text()) | {"name": hostile, "space": hostile}
+    (run.folder / tables.CONFIG_FILE).write_text(json.dumps(config))
     clean = outline(write_report(make_run("clean").folder))
     page = outline(write_report(run.folder))
     assert len([tag for tag, _ in page.tags if tag == "script"]) == len(
@@ -128,7 +142,8 @@ def test_funnel_counts_every_trial_and_epoch_once(make_run: Callable[..., Any]) 
     run = make_run()
     steps = funnel(run.trials, 0)
     assert [(step.name, step.left) for step in steps] == [
-        ("proposed", 8), ("no fault", 6), ("past smoke", 5), ("past ASHA", 4), ("passed the gate", 3), ("winner", 1)
+        ("proposed", 8), ("no fault", 6), ("past smoke", 5), ("past ASHA", 4), ("past the gate: survivors", 3),
+        ("winner", 1),
     ]  # fmt: skip
     spent = [int(n) for step in steps[1:-1] for n in re.findall(r"(\d+) epochs", step.said)]
     assert sum(spent) == sum(row["epochs"] for row in run.trials) == 62
@@ -147,10 +162,40 @@ def test_train_command_gives_the_configuration_back(config: TrialConfig) -> None
     command = train_command(vars(config), seed=17, data_dir="/data/it's here")
     words = shlex.split(command)
     assert words[:2] == ["nkat", "train"]
-    parsed = tyro.cli(TrainConfig, args=words[2:])
+    parsed = parse(TrainConfig, words[2:], prog="nkat train")  # the command line's own parser
     assert {name: getattr(parsed, name) for name in vars(config)} == vars(config)
     assert parsed.seed == 17
     assert parsed.data_dir == Path("/data/it's here")
+
+
+@pytest.mark.parametrize("source", ["torchvision's layout in /data", "synthetic suite 1"])
+def test_the_command_on_the_page_trains_the_winner(make_run: Callable[..., Any], source: str) -> None:
+    run = make_run(source=source)
+    page = write_report(run.folder).read_text(encoding="utf-8")
+    found = re.search(r'<pre id="command">(.*?)</pre>', page, re.DOTALL)
+    assert found
+    words = shlex.split(html.unescape(found[1]))
+    assert words[:2] == ["nkat", "train"]
+    parsed = parse(TrainConfig, words[2:], prog="nkat train")
+    winner = tables.config_of(run.trials[run.summary["winner"]["trial"]])
+    assert {name: getattr(parsed, name) for name in winner} == winner
+    assert parsed.seed == run.trials[run.summary["winner"]["trial"]]["seed"]
+    assert parsed.data == ("synthetic" if source.startswith("synthetic") else "auto")
+
+
+def test_importances_and_slices_are_optunas_own(make_run: Callable[..., Any]) -> None:
+    optuna = pytest.importorskip("optuna")
+    study = load_study(make_run(repeat=4, journal=True).folder / tables.JOURNAL_FILE)
+    values, complete, points = study_importances(study)
+    assert values == optuna.importance.get_param_importances(study)
+    assert sum(values.values()) == pytest.approx(1)
+    assert complete == 20
+    plot = optuna.visualization.plot_slice(study)
+    assert len(plot.data) == len(points)
+    for n, trace in enumerate(plot.data, 1):
+        name = plot.layout[f"xaxis{n if n > 1 else ''}"].title.text
+        drawn = sorted((str(value), score) for value, score, done in points[name] if done)
+        assert drawn == sorted((str(x).strip("'"), y) for x, y in zip(trace.x, trace.y, strict=True))
 
 
 def test_compare_names_both_runs_and_what_differs(make_run: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The event files, read back with TensorBoard's own readers and its HParams plugin."""
 
+import io
 import math
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -141,6 +143,30 @@ def test_stage2_run_holds_the_table_and_the_comparison(make_run: Callable[..., A
     assert events.Scalars("accuracy/mnist")[0].value == pytest.approx(0.985)
     (image,) = events.Images("datasets")
     assert image.encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_why_a_trial_stopped_is_text_whatever_it_says(tmp_path: Path) -> None:
+    with TensorBoardLog(tmp_path) as log:
+        log.on_trial_end(0, {"trial": 0, "stop_reason": "error", "error": "Bad`<script>\n` | x"})
+        log.on_trial_end(1, {"trial": 1, "stop_reason": "asha", "stop_detail": "epoch 3: not among the best"})
+    said = [EventAccumulator(str(tmp_path / f"trial_000{n}")).Reload().Tensors("stop_detail")[0] for n in (0, 1)]
+    assert [event.tensor_proto.string_val[0].decode() for event in said] == [
+        "**error**: `Bad'<script> ' | x`",  # one line, and inside its code span
+        "**asha**: `epoch 3: not among the best`",
+    ]
+
+
+def test_pictures_are_written_anew_each_time(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    run, colour = make_run(), {"blue": (0, 0, 255), "red": (255, 0, 0)}
+    with TensorBoardLog(tmp_path) as log:
+        for name, rgb in colour.items():
+            log.samples({"augmented_batch": Image.new("RGB", (8, 4), rgb)})
+            log.stage2(run.summary, run.trials, run.stage2, run.curves, {f"attention/{name}": Image.new("RGB", (2, 2))})
+    (event,) = EventAccumulator(str(tmp_path / "samples")).Reload().Images("augmented_batch")
+    assert (event.width, event.height) == (8, 4)
+    with Image.open(io.BytesIO(event.encoded_image_string)) as shown:
+        assert shown.convert("RGB").getpixel((0, 0)) == colour["red"]
+    assert EventAccumulator(str(tmp_path / "stage2")).Reload().Tags()["images"] == ["datasets", "attention/red"]
 
 
 def test_custom_scalars_layout_puts_baseline_winner_and_gate_into_one_chart(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a person sees: 80 columns, plain lines in a pipe, nothing when quiet."""
 
 import io
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nkat_ray.report.terminal import Progress, duration, final_report
+from nkat_ray.report.terminal import Progress, Screen, duration, final_report, result_lines
 
 
 def printed(run: Any, width: int = 80) -> str:
@@ -134,3 +135,54 @@ def test_resumed_display_counts_earlier_trials_but_not_their_time() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61, "1:01"), (3600, "1:00:00"), (-1, "0:00")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+# --- --quiet and --json -----------------------------------------------------------------------------------------------
+
+
+def command(screen: Screen, run: Any) -> None:
+    """A command as run.py is one: it shows its progress, a library prints, and it concludes."""
+    with screen.kept_clean():
+        play(run, new_progress(screen, quiet=screen.quiet))
+        print("a library's line")
+        final_report(run.summary, run.trials, run.stage2, screen, folder=run.folder)
+        screen.conclude({**run.summary, "nan": float("nan")}, result_lines(run.summary, run.stage2, run.folder))
+
+
+def test_json_is_the_only_thing_on_stdout(make_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run()
+    command(Screen(as_json=True), run)
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["winner"]["trial"] == 0
+    assert found["nan"] is None  # JSON has no NaN
+    assert "a library's line" in err
+    assert len(re.findall(r"^trial \d+: \w+ after", err, re.MULTILINE)) == len(run.trials)
+    assert run.summary["verdict_sentence"] in " ".join(err.split())
+
+
+def test_quiet_prints_what_must_be_known_the_verdict_and_the_paths(
+    make_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(source="synthetic suite")
+    command(Screen(quiet=True), run)
+    out, err = capsys.readouterr()
+    notice, gate, library, verdict, *paths = [*out.splitlines()[1:3], out.splitlines()[0], *out.splitlines()[3:]]
+    assert library == "a library's line"  # only a document needs stdout to itself
+    assert notice.startswith("! SYNTHETIC DATA")
+    assert gate.startswith("! gate 0.42")
+    assert verdict == run.summary["verdict_sentence"]
+    assert paths == [f"tables: {run.folder / 'trials.parquet'}"]
+    assert err == ""
+
+
+def test_both_leave_the_document_alone(make_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    command(Screen(quiet=True, as_json=True), make_run(gate=1.0))
+    out, err = capsys.readouterr()
+    assert json.loads(out)["exit_code"] == 3
+    assert err == "a library's line\n"
+
+
+def test_neither_concludes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen().conclude({"a": 1}, ["line"])
+    assert capsys.readouterr() == ("", "")

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from nkat_ray.config import TrialConfig
 from nkat_ray.model import create_nkat_vit
+from nkat_ray.model.capture import capture_attention
+from nkat_ray.report.attention import entropy
 from nkat_ray.train import loop as loop_module
 from nkat_ray.train.checkpoint import load_state, save_state
 from nkat_ray.train.loop import EpochResult, ImageSet, Trainer, count_correct, normalise, to_network_size
@@ -411,3 +413,20 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(trainer: Callable[..., 
 
     with pytest.raises(RuntimeError, match="something else"):
         list(trainer(PLAIN, model=Broken()).epochs())
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def test_entropy_is_that_of_the_captured_weights_of_the_scored_network(trainer: Callable[..., Trainer]) -> None:
+    mine = trainer(depth=2, top_k=4, top_p=None)
+    next(mine.epochs())
+    before = copy.deepcopy(mine.state())
+    found = mine.attention_entropy()
+    inputs = normalise(mine.val.batch(torch.arange(16))[0], mine.mean, mine.std)
+    rows = capture_attention(mine.scored_model, inputs).weights.double().numpy()  # type: ignore[arg-type]
+    expected = entropy(rows).mean(axis=(1, 2, 3))
+    assert list(found) == ["attention/entropy/block_0", "attention/entropy/block_1"]
+    assert list(found.values()) == pytest.approx(expected.tolist(), abs=1e-5)
+    assert 0 < min(found.values()) <= max(found.values()) <= math.log(4)  # top_k keeps four
+    assert equal_states(mine.state(), before)  # nothing is drawn, nothing is changed

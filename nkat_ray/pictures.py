@@ -1,0 +1,84 @@
+"""Pictures that need the network or the augmentation, for TensorBoard: what training sees, what the winner looks at."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch.nn import functional as F
+
+from nkat_ray.config import TrialConfig
+from nkat_ray.data import Dataset, split_validation
+from nkat_ray.data.selection import Limits, Selection
+from nkat_ray.model.capture import capture_attention
+from nkat_ray.report import attention
+from nkat_ray.train.augment import augment, mix
+from nkat_ray.train.checkpoint import Weights
+from nkat_ray.train.loop import ImageSet, normalise, to_network_size
+
+SIDE, ZOOM = 8, 2  # images along an edge of the batch's picture, and pixels of it a pixel
+SHOWN = 3  # images whose attention is shown
+
+
+def augmented_batch(config: TrialConfig, images: Selection, *, num_classes: int, flip: bool, seed: int) -> Image.Image:
+    """The first training images as they are (left) and as this recipe shows them to the network once (right).
+
+    Args:
+        config: the recipe: the augmentation, mixup and cutmix.
+        images: the training's images.
+        num_classes: classes.
+        flip: whether the dataset may be mirrored.
+        seed: of the draws.
+    """
+    train = ImageSet(images.images, images.labels, images.train_index, torch.device("cpu"))
+    red, green, blue = (round(255 * value) for value in train.statistics()[0])
+    plain, labels = train.batch(torch.arange(min(SIDE**2, len(train))))
+    generator = torch.Generator().manual_seed(seed)
+    seen = augment(plain, config, flip=flip, generator=generator, cutout_fill=(red, green, blue))
+    targets = F.one_hot(labels, num_classes).float()
+    mixed, _ = mix(seen.float(), targets, mixup=config.mixup, cutmix=config.cutmix, generator=generator)
+    return attention.side_by_side([_grid(plain), _grid(mixed.round().to(torch.uint8))])
+
+
+def _grid(images: torch.Tensor) -> Image.Image:
+    """uint8 (B, 3, H, W), B at most SIDE^2, in rows of SIDE; what is missing is black."""
+    blank = images.new_zeros((SIDE**2 - len(images), *images.shape[1:]))
+    tiled = rearrange(torch.cat([images, blank]), "(r c) k h w -> (r h) (c w) k", c=SIDE)
+    return attention.enlarged(tiled.numpy(), ZOOM)
+
+
+def winner_attention(weights: Weights, dataset: Dataset, limits: Limits) -> dict[str, Image.Image]:
+    """Attention that each token receives, head by head and block by block, over the first validation images.
+
+    Args:
+        weights: the winner, as trained on the dataset.
+        dataset: that dataset.
+        limits: the images that the training used: these are of its validation images.
+
+    Returns:
+        A picture an image, by tag.
+    """
+    labels = dataset.labels("train")
+    _, val = split_validation(labels, val_images=limits.val_images, train_images=limits.train_images)
+    images = dataset.load("train", val[:SHOWN])
+    pixels = to_network_size(torch.from_numpy(images.images))
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (weights.mean, weights.std))
+    capture = capture_attention(weights.build(), normalise(pixels, mean, std))
+    shares = attention.received(capture.weights.double().numpy())  # (L, B, H, N)
+    predicted = capture.logits.argmax(1).tolist()
+    names = [dataset.class_names[label] for label in images.labels]
+    return {
+        f"attention/{n}_{_tag(names[n])}_predicted_{_tag(dataset.class_names[predicted[n]])}": _sheet(
+            pixels[n].permute(1, 2, 0).numpy(), shares[:, n], split_heads=weights.config.split_heads
+        )
+        for n in range(len(names))
+    }
+
+
+def _sheet(image: np.ndarray, shares: np.ndarray, *, split_heads: bool) -> Image.Image:
+    return attention.sheet(image, shares, top=float(shares.max()), split_heads=split_heads)
+
+
+def _tag(name: Any) -> str:
+    return "".join(char if char.isalnum() else "-" for char in str(name))
