@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nkat_ray.report import tables
 from nkat_ray.report.html import compare, write_report
 
 pytestmark = pytest.mark.browser
@@ -46,20 +47,43 @@ def test_legend_hides_a_group_of_curves(make_run: Callable[..., Any], browser: A
     assert browser.eval(shown) == before - 2
 
 
-def test_dark_and_light_follow_the_reader(make_run: Callable[..., Any], browser: Any, tmp_path: Path) -> None:
-    path = write_report(make_run().folder)
-    browser.open(path, dark=True)
+def test_dark_and_light_follow_the_reader(shown_run: Path, browser: Any, screenshots: Path, tmp_path: Path) -> None:
+    path = write_report(shown_run, tmp_path / "report.html")
+    browser.open(path, width=1000, height=1320, dark=True)
     ink = "getComputedStyle(document.querySelector('#chart-1 .xtick text')).fill"
     dark = browser.eval(ink), browser.eval("getComputedStyle(document.body).backgroundColor")
-    browser.screenshot(tmp_path / "dark.png")
+    browser.screenshot(screenshots / "report-dark.png", whole=False)
     browser.dark(False)
     browser.settle()
     light = browser.eval(ink), browser.eval("getComputedStyle(document.body).backgroundColor")
-    browser.screenshot(tmp_path / "light.png")
+    browser.screenshot(screenshots / "report-light.png", whole=False)
     assert dark == ("rgb(230, 233, 237)", "rgb(20, 23, 27)")
     assert light == ("rgb(27, 31, 36)", "rgb(255, 255, 255)")
     assert quiet(browser, path)
-    assert (tmp_path / "dark.png").stat().st_size > 10_000
+    assert (screenshots / "report-dark.png").stat().st_size > 10_000
+
+
+def test_a_phone_shows_it_all(shown_run: Path, browser: Any, screenshots: Path, tmp_path: Path) -> None:
+    path = write_report(shown_run, tmp_path / "report.html")
+    browser.open(path, width=390, height=844)
+    assert browser.eval("document.documentElement.scrollWidth") <= 390
+    browser.screenshot(screenshots / "report-phone.png", whole=False)
+    assert quiet(browser, path)
+
+
+def test_hostile_data_stay_text(make_run: Callable[..., Any], browser: Any) -> None:
+    hostile = "</script><img src=x onerror=alert(1)><b>"
+    run = make_run()
+    rows = tables.read_trials(run.folder / tables.TRIALS_FILE)
+    for row in rows:
+        row |= {"error": hostile, "node": hostile, "config/conv_stem": hostile, "stop_detail": hostile}
+    tables.write_trials(run.folder / tables.TRIALS_FILE, rows)
+    path = write_report(run.folder)
+    browser.open(path)
+    assert quiet(browser, path)
+    assert browser.eval("document.querySelectorAll('img, main b').length") == 0
+    lane = "[...document.querySelectorAll('.chart')].pop().querySelector('.ytick text').textContent"
+    assert browser.eval(lane).startswith(hostile)
 
 
 @pytest.mark.parametrize("width", [360, 390, 1200])
