@@ -249,7 +249,7 @@ def funnel(trials: Sequence[Mapping[str, Any]], winner: int | None) -> list[Step
     if others:
         kinds = ", ".join(sorted({charts.reason(row) for row in others}))
         said = f"{len(others)} did not reach it ({kinds}), {_share(_epochs(others), total)}; {said}"
-    steps.append(Step("past the gate: survivors", len(survivors), said))
+    steps.append(Step("survivors of the gate", len(survivors), said))
     best = [row for row in trials if row["trial"] == winner]
     chosen = f"trial {winner}, {_share(_epochs(best), total)}" if best else "none yet"
     return [*steps, Step("winner", len(best), chosen)]

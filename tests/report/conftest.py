@@ -350,6 +350,7 @@ class Browser:
         phone = width < 600
         size = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
         self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Emulation.setScrollbarsHidden", hidden=True)  # no reader's picture needs them
         self.dark(dark)
         self.call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
         self.until("document.readyState === 'complete' && location.protocol !== 'about:'")
@@ -435,6 +436,6 @@ def screenshots(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shown_run(make_run: Callable[..., FakeRun]) -> Path:
-    """The run on the screenshots: the folder $NKAT_SCREENSHOT_RUN, else the fake one."""
+    """The run on the screenshots: the folder $NKAT_SCREENSHOT_RUN, else the fake one, which says so."""
     folder = os.environ.get("NKAT_SCREENSHOT_RUN")
-    return Path(folder) if folder else make_run(journal=True).folder
+    return Path(folder) if folder else make_run("made-up-example", journal=True).folder

@@ -142,7 +142,7 @@ def test_funnel_counts_every_trial_and_epoch_once(make_run: Callable[..., Any]) 
     run = make_run()
     steps = funnel(run.trials, 0)
     assert [(step.name, step.left) for step in steps] == [
-        ("proposed", 8), ("no fault", 6), ("past smoke", 5), ("past ASHA", 4), ("past the gate: survivors", 3),
+        ("proposed", 8), ("no fault", 6), ("past smoke", 5), ("past ASHA", 4), ("survivors of the gate", 3),
         ("winner", 1),
     ]  # fmt: skip
     spent = [int(n) for step in steps[1:-1] for n in re.findall(r"(\d+) epochs", step.said)]

@@ -49,7 +49,7 @@ def test_legend_hides_a_group_of_curves(make_run: Callable[..., Any], browser: A
 
 def test_dark_and_light_follow_the_reader(shown_run: Path, browser: Any, screenshots: Path, tmp_path: Path) -> None:
     path = write_report(shown_run, tmp_path / "report.html")
-    browser.open(path, width=1000, height=1320, dark=True)
+    browser.open(path, width=1000, height=1400, dark=True)
     ink = "getComputedStyle(document.querySelector('#chart-1 .xtick text')).fill"
     dark = browser.eval(ink), browser.eval("getComputedStyle(document.body).backgroundColor")
     browser.screenshot(screenshots / "report-dark.png", whole=False)
