@@ -217,6 +217,8 @@ def _stage1(run: _Run, progress: Progress, *, cluster: Any, vault: Any) -> None:
         _notice(run, progress, f"Round-1's best is projected onto this space: {'; '.join(bent)}")
     ended = [trial_row(record, config, state) for record in state.trials.values() if record.ended]
     progress.on_start(config.num_samples, ended)
+    for row in ended:  # a driver that was killed may not have told TensorBoard
+        run.board.on_trial_end(row["trial"], row)
 
     def on_result(trial: int, row: Mapping[str, Any]) -> None:
         progress.on_result(trial, row)

@@ -148,6 +148,7 @@ def test_an_interrupt_leaves_a_run_that_resume_continues(tmp_path):
     assert "--resume --name r" in output
     assert "Traceback" not in output
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["exit_code"] == 130
+    assert "This run has not ended" in (tmp_path / "r" / "report.html").read_text()
     before = ended(tmp_path)
     code, output = finish(launch(tmp_path, resume=True))
     assert code == 0, output

@@ -79,6 +79,19 @@ def test_every_trial_is_an_hparams_session_with_its_values(make_run: Callable[..
         assert session.status == (api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS)
 
 
+def test_a_trial_that_is_told_again_after_a_resume_stays_one_session(
+    make_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = make_run()
+    log_run(run, tmp_path)
+    with TensorBoardLog(tmp_path, SPACES["round2"]) as log:
+        for row in run.trials:
+            log.on_trial_end(row["trial"], row)
+    groups = session_groups(tmp_path)
+    assert sorted(group.name for group in groups) == [f"trial {row['trial']}" for row in run.trials]
+    assert all(len(group.sessions) == 1 for group in groups)
+
+
 def test_parameters_that_may_be_off_are_text(make_run: Callable[..., Any], tmp_path: Path) -> None:
     run = make_run()
     run.trials[0]["config/top_k"] = None
