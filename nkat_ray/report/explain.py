@@ -141,7 +141,7 @@ def _parameters_picture(found: Explanation) -> Image.Image:
     blocks = len(found.scalars["alpha"])
     colours = {name: LINES[n % 2][0] for n, name in enumerate(NKAT_SCALARS)}
     panels = [
-        drawings.lines({name: list(enumerate(found.scalars[name]))}, {name: colours[name]}, title=TITLES[name],
+        drawings.lines({"": list(enumerate(found.scalars[name]))}, {"": colours[name]}, title=TITLES[name],
                        axis="block")
         for name in NKAT_SCALARS
     ]  # fmt: skip
