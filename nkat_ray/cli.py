@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import tyro
 from rich.console import Console
 
-from nkat_ray.config import SPACES, RunConfig, ScreenConfig, TrainConfig, default_storage_path, field_names
+from nkat_ray.config import RunConfig, ScreenConfig, TrainConfig, default_storage_path, field_names
 
 if TYPE_CHECKING:
     from nkat_ray.report.terminal import Screen
@@ -144,7 +144,7 @@ def _tune(argv: Sequence[str]) -> int:
         return _resume(argv, first)
     default = RunConfig.from_preset(first.preset)
     run = parse(RunConfig, argv, prog="tune_round2.py", default=default)
-    fixed = typed_flags(argv) & set(SPACES[run.space])
+    fixed = typed_flags(argv) & set(run.domains)
     if run.dry_run:
         return _plan(run, fixed)
     from nkat_ray.run import start

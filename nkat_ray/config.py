@@ -12,10 +12,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_type_hints
 
 import tyro
 
+from nkat_ray.domains import Choice as Choice
+from nkat_ray.domains import Domain as Domain
+from nkat_ray.domains import Span as Span
+from nkat_ray.domains import read_space
 from nkat_ray.metrics import LAMBDA_MODELS, STAGE2_DATASETS
 
 IMAGE_SIZE = 32  # every image is padded to this; the stem, the patches and the split heads divide it
@@ -300,8 +304,9 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
     """Local TPE on CIFAR-10 that a trial must reach, 0 < gate <= 1."""
     lambda_model: LambdaModel = "notes"
     """Lambda in the TPE score: notes, counted or millions (reports show all three)."""
-    space: Literal["round2", "extended", "quick"] = "round2"
-    """Search space: round2 is the notes' own, extended adds recipe and model options, quick is narrow."""
+    space: str = "round2"
+    """Search space: round2 is the notes' own, extended adds recipe and model options, quick is narrow; or a file of
+    your own, NAME.toml."""
     num_samples: int = 50
     """Trials, 1..100000."""
     max_concurrent: AutoInt = None
@@ -344,16 +349,20 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
     """Print what would be done and what it would cost, then stop."""
     verbose: bool = False
     """Show Ray's own output too."""
+    own_space: Annotated[Mapping[str, Domain] | None, tyro.conf.Fixed, tyro.conf.Suppress] = dataclasses.field(
+        default=None, hash=False
+    )
+    """What the file of `space` said when the run began. No flag: read once, and kept with the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._settle_space()
         self._check("preset", self.preset in PRESETS, f"allowed: {', '.join(PRESETS)}")
         self._check_name()
         self._check("storage_path", bool(self.storage_path.strip()), "give a folder or a bucket URI")
         self._between("seed", low=0, high=2**32 - 1)
         self._between("gate", low=0, high=1, open_low=True)
         self._check("lambda_model", self.lambda_model in LAMBDA_MODELS, f"allowed: {', '.join(LAMBDA_MODELS)}")
-        self._check("space", self.space in SPACES, f"allowed: {', '.join(SPACES)}")
         self._between("num_samples", low=1, high=100_000)
         self._between("max_concurrent", "cpus_per_trial", low=1)
         self._between("gpus_per_trial", low=0, high=8)
@@ -372,11 +381,23 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
         self._check("datasets", STAGE1_DATASET in self.datasets, f"{STAGE1_DATASET} must be among them")
         self._check("datasets", len(set(self.datasets)) == len(self.datasets), "each may be named once")
 
+    def _settle_space(self) -> None:
+        if self.space in SPACES:
+            object.__setattr__(self, "own_space", None)
+        elif self.own_space is None:
+            self._check("space", self.space.endswith(".toml"), f"allowed: {', '.join(SPACES)}, or a file NAME.toml")
+            object.__setattr__(self, "own_space", read_space(Path(self.space), searchable()))
+
     def _check_name(self) -> None:
         if self.name is None:
             return
         ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name) is not None and ".." not in self.name
         self._check("name", ok, "allowed: 1..100 of letters, digits, '.', '_', '-'; a letter or digit first, no '..'")
+
+    @property
+    def domains(self) -> Mapping[str, Domain]:
+        """The search space: parameter -> what it may be."""
+        return SPACES[self.space] if self.own_space is None else self.own_space
 
     @property
     def trial(self) -> TrialConfig:
@@ -400,27 +421,17 @@ def field_names(config: type) -> list[str]:
     return [field.name for field in dataclasses.fields(config)]
 
 
+def searchable() -> dict[str, Any]:
+    """The trial's fields that a space may hold, with their types.
+
+    Not the epochs, to which ASHA and the gate count, nor the images, which are the same in all trials, nor a pair.
+    """
+    hints = get_type_hints(TrialConfig)
+    fixed = ("epochs", "train_images", "val_images", "randaugment")
+    return {name: hints[name] for name in field_names(TrialConfig) if name not in fixed}
+
+
 # --- search spaces (docs/spec.md section 5) ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of some values."""
-
-    values: tuple[str | int | float | bool | None, ...]
-
-
-@dataclass(frozen=True)
-class Span:
-    """A number between two bounds, both included."""
-
-    low: float
-    high: float
-    step: int | None = None  # a step makes it a whole number
-    log: bool = False
-
-
-Domain = Choice | Span
 
 _ROUND2: Mapping[str, Domain] = {
     "patch_size": Choice((2, 4)),

@@ -15,6 +15,8 @@ TRAIN_LOSS: Final = "train_loss"
 VAL_ACCURACY: Final = "val_accuracy"
 LOCAL_TPE: Final = "local_tpe"
 ATTENTION_ENTROPY: Final = "attention/entropy/block_"  # and the block's number: nats
+NKAT_SCALARS: Final = ("alpha", "beta", "attention_gain", "mlp_gain")  # learned, one of each a block
+NKAT_PREFIX: Final = "nkat/"  # before a scalar's name and its block: nkat/alpha/block_0
 STOP_REASON: Final = "stop_reason"
 
 LAMBDA_MODELS: Final = ("notes", "counted", "millions")

@@ -16,6 +16,7 @@ from rich.console import Console
 from nkat_ray.config import STAGE1_DATASET, RunConfig, field_names
 from nkat_ray.data import Dataset, Missing, open_dataset, split_validation
 from nkat_ray.data.selection import training_limits
+from nkat_ray.domains import domain_of_json
 from nkat_ray.metrics import STAGE2_DATASETS
 from nkat_ray.report.tables import plain
 from nkat_ray.search.storage import CONFIG_FILE, RunStorage, check_owner, check_writable, newest_run, run_storage
@@ -93,6 +94,8 @@ def config_of_json(saved: Mapping[str, Any], **replaced: Any) -> RunConfig:
         key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if key in field_names(RunConfig)
     }
     values["data_dir"] = Path(values["data_dir"]) if values["data_dir"] else None
+    if values.get("own_space"):
+        values["own_space"] = {name: domain_of_json(domain) for name, domain in values["own_space"].items()}
     return RunConfig(**{**values, **replaced})
 
 

@@ -122,7 +122,7 @@ def test_a_value_at_the_end_of_its_range_is_allowed(config: type, name: str, val
 
 def test_every_field_has_its_range_tested() -> None:
     tested = {(config, name) for config, name, _, _ in ALL_RANGES}
-    free = {"split_heads", "data_dir", "data", "address", "resume", "dry_run", "verbose"}
+    free = {"split_heads", "data_dir", "data", "address", "resume", "dry_run", "verbose", "own_space"}
     for config, base in ((ModelConfig, None), (TrialConfig, ModelConfig), (RunConfig, TrialConfig)):
         own = set(field_names(config)) - (set(field_names(base)) if base else set()) - free
         assert own == {name for c, name in tested if c is config}

@@ -1,7 +1,7 @@
 """`nkat explain`: what a trained network looks at, as PNG files and one page."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ from nkat_ray.config import IMAGE_SIZE, DataConfig
 from nkat_ray.data import Dataset, Missing, open_dataset, split_validation, stratified_subset
 from nkat_ray.data.selection import LARGEST_VALIDATION_SHARE
 from nkat_ray.data.spec import KNOWN
+from nkat_ray.metrics import EPOCH, NKAT_SCALARS
 from nkat_ray.report import attention
 from nkat_ray.report.explain import Example, Explanation, write_explanation
-from nkat_ray.report.tables import BEST_FOLDER
+from nkat_ray.report.tables import BEST_FOLDER, CURVES_FILE, Row, read_curves
 
 WEIGHTS_FILE = "weights.safetensors"
 SHOWN_MOST = 64
 SCANNED = 200  # validation images from which examples are taken and heads are averaged
 BATCH = 16  # images a pass: the weights of 256 tokens, 9 blocks and 8 heads take 300 MB
 RANKED = 3  # classes named for an image
+FOLDERS_ABOVE = 5  # RUN/tune/ATTEMPT/TRIAL/CHECKPOINT/weights.safetensors: how far above a model its curves may lie
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +79,17 @@ def explain(config: ExplainConfig, console: Console) -> int:
         chosen = choose([int(label or 0) for label in batch.labels], scan.right, count)
     known = None not in batch.labels
     examples, checks = network.examples(batch, chosen, names)
+    scalars = network.scalars()
+    curves, history = training_curve(source, scalars, weights.epoch)
     found = Explanation(
         name=_name(config.model), examples=examples, entropy=scan.entropy, kept=scan.kept, averaged=len(batch.images),
         right=int(sum(scan.right)) if known else None, what=what, tokens=weights.config.tokens,
-        top_k=weights.config.top_k, split_heads=weights.config.split_heads, scalars=network.scalars(),
-        facts=_facts(weights, dataset, batch, files, checks),
+        top_k=weights.config.top_k, split_heads=weights.config.split_heads, scalars=scalars,
+        history=history, epoch=weights.epoch,
+        facts={
+            **_facts(weights, dataset, batch, files, checks),
+            "curves": f"{curves}, whose epoch {weights.epoch} has these very values" if curves else "none found",
+        },
     )  # fmt: skip
     page = write_explanation(found, _made(out))
     console.print(f"pictures: {out}\npage: {page}", markup=False, highlight=False, soft_wrap=True)
@@ -103,6 +111,21 @@ def weights_file(model: Path) -> Path:
     if not model.exists():
         raise ValueError(f"model is {str(model)!r}; it does not exist; name a run's folder, best/ or a checkpoint")
     raise ValueError(f"model is {str(model)!r}; neither it nor its {BEST_FOLDER}/ holds {WEIGHTS_FILE}")
+
+
+def training_curve(source: Path, scalars: Mapping[str, Sequence[float]], epoch: int) -> tuple[Path | None, list[Row]]:
+    """The epochs of the training that a model comes from, and the table that has them: the nearest one above it.
+
+    A trial is known by its NKAT scalars: those of its epoch `epoch` are the model's, bit for bit.
+    """
+    for folder in source.resolve().parents[:FOLDERS_ABOVE]:
+        if (folder / CURVES_FILE).is_file():
+            rows = read_curves(folder / CURVES_FILE)
+            for row in rows:
+                if row[EPOCH] == epoch and all(row.get(name) == list(scalars[name]) for name in NKAT_SCALARS):
+                    return folder / CURVES_FILE, [other for other in rows if other["trial"] == row["trial"]]
+            return None, []
+    return None, []
 
 
 def _name(model: Path) -> str:
@@ -163,9 +186,9 @@ class _Network:
         kept: list[NDArray[np.float64]] = []
         predicted: list[int] = []
         for start in range(0, len(batch.images), BATCH):
-            logits, weights, _ = self._capture(batch.images[start : start + BATCH])
+            logits, weights, (_, _, capture) = self._capture(batch.images[start : start + BATCH])
             entropy += list(attention.entropy(weights).mean(-1).swapaxes(0, 1))  # (L, B, H) -> B of (L, H)
-            kept += list(attention.kept_tokens(weights).mean(-1).swapaxes(0, 1))
+            kept += list(capture.kept.double().mean(-1).numpy().swapaxes(0, 1))
             predicted += logits.argmax(1).tolist()
         right = [truth == said for truth, said in zip(batch.labels, predicted, strict=True)]
         return _Scan(np.mean(entropy, 0), np.mean(kept, 0), right)

@@ -27,9 +27,10 @@ def print_plan(run: RunConfig, fixed: Collection[str], screen: Screen) -> None:
     refuse_impossible(run, fixed)
     cluster = this_machine()
     space = domains(run, fixed)
+    shown = {name: value for name, value in dataclasses.asdict(run).items() if name != "own_space"}  # stands below
     first = {"trial 0 (baseline)": baseline_point(run, space), "trial 1 (Round-1's best)": round1_point(run, space)[0]}
     plan = {
-        "configuration": dataclasses.asdict(run),
+        "configuration": shown,
         "searched": {name: describe_domain(domain) for name, domain in space.items()},
         "first trials": {name: _assignments(point) for name, point in first.items()},
         "cost": cost(run, fixed, cluster),

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from rich.progress import (
 from nkat_ray.config import TrainConfig, TrialConfig, field_names
 from nkat_ray.data import Dataset, Missing, open_dataset
 from nkat_ray.data.selection import Limits, Selection, select_images
-from nkat_ray.metrics import LAMBDA_MODELS, LOCAL_TPE, lambda_theory, tpe_score, wilson_interval
-from nkat_ray.report.tables import plain
+from nkat_ray.metrics import EPOCH, LAMBDA_MODELS, LOCAL_TPE, lambda_theory, tpe_score, wilson_interval
+from nkat_ray.report.tables import CURVES_FILE, plain, read_curves, write_curves
 from nkat_ray.report.tensorboard import TensorBoardLog
 from nkat_ray.report.terminal import Screen
+from nkat_ray.search.rows import curve_row
 
 SMOKE_EPOCHS, SMOKE_ACCURACY = 10, 0.45  # docs/spec.md section 4
 CHECKPOINTS_KEPT = 2
@@ -102,12 +104,14 @@ def _train(config: TrainConfig, dataset: Dataset, images: Selection, out: Path, 
             best, accuracy = found[1]["best"], found[1]["val_accuracy"]
             weights = (found[0] / WEIGHTS_FILE).read_bytes()
             console.print(f"continued after epoch {trainer.epoch}")
-        diverged = False
+        diverged, curve = False, _Curve(out / CURVES_FILE, trainer.epoch)
         with TensorBoardLog(out / "tensorboard") as board:
             for result in _until_smoke(config, trainer):
                 score = tpe_score(result.val_accuracy, lambdas[config.lambda_model]) if _finite(result) else math.nan
-                entropy = trainer.attention_entropy() if _finite(result) else {}
-                board.on_result(0, {**dataclasses.asdict(result), LOCAL_TPE: score, **entropy})
+                seen = {**trainer.attention_entropy(), **trainer.nkat_scalars()} if _finite(result) else {}
+                row = {**dataclasses.asdict(result), LOCAL_TPE: score, **seen}
+                board.on_result(0, row)
+                curve.add(row)
                 bar.update(task, completed=trainer.epoch)
                 console.print(_epoch_line(result, score, config.epochs), markup=False, highlight=False)
                 if not _finite(result):
@@ -156,6 +160,21 @@ def _trainer(
     counts = {"nkat_parameters": count_nkat_parameters(model), "parameters": count_parameters(model)}
     stem, width = trial.conv_stem, trial.embed_dim
     return trainer, {name: lambda_theory(name, conv_stem=stem, embed_dim=width, **counts) for name in LAMBDA_MODELS}
+
+
+class _Curve:
+    """curves.parquet of a training, as trial 0, written after every epoch; a resumed one goes on after `epoch`."""
+
+    def __init__(self, path: Path, epoch: int) -> None:
+        self._path = path
+        self._rows = [row for row in read_curves(path) if row[EPOCH] <= epoch] if epoch and path.exists() else []
+        trained_s = self._rows[-1]["started_s"] + self._rows[-1]["epoch_s"] if self._rows else 0.0
+        self._start = time.time() - trained_s
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Write one more epoch, as the trainer reported it."""
+        self._rows.append({"trial": 0, **curve_row(row), "started_s": row["started_s"] - self._start})
+        write_curves(self._path, self._rows)
 
 
 def _limits(config: TrainConfig, dataset: Dataset) -> Limits:

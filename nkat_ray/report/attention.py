@@ -1,4 +1,4 @@
-"""Attention weights as numbers and pictures: entropy, kept tokens, rollout, overlays. Pure functions on arrays.
+"""Attention weights as numbers and pictures: entropy, rollout, overlays. Pure functions on arrays.
 
 Legend of shapes: L blocks, B images, H heads, N tokens on a square grid. Weights (..., N, N) are query, then key, and
 their rows sum to 1.
@@ -29,12 +29,6 @@ def entropy(weights: Array) -> Array:
     safe = np.where(weights > 0, weights, 1.0)  # 0 log 0 = 0
     total: Array = np.abs((safe * np.log(safe)).sum(-1))  # of what is never above 0; so there is no -0
     return total
-
-
-def kept_tokens(weights: Array) -> Array:
-    """How many keys each query looks at, after the filter: (..., N) -> (...), whole numbers."""
-    kept: Array = np.count_nonzero(weights, axis=-1)
-    return kept
 
 
 def received(weights: Array) -> Array:
@@ -120,7 +114,7 @@ def strip(image: Array, shares: Array, *, top: float) -> Array:
     return tiles.reshape(len(tiles), -1, 4)
 
 
-def sheet(image: Array, shares: Array, *, top: float, split_heads: bool) -> Image.Image:
+def sheet(image: Array, shares: Array, *, top: float, split_heads: bool, title: str = "") -> Image.Image:
     """All heads (columns) of all blocks (rows) with labels, on white: a picture that stands alone.
 
     Args:
@@ -128,31 +122,38 @@ def sheet(image: Array, shares: Array, *, top: float, split_heads: bool) -> Imag
         shares: (L, H, N).
         top: as in `overlay`.
         split_heads: block 0 has Split-Head Attention: its heads are labelled by colour.
+        title: one line above them, if any.
     """
     rows = [Image.fromarray(strip(image, block, top=top), "RGBA") for block in shares]
     width, height = (FILE_ZOOM * size for size in rows[0].size)
-    left, above = 66, 2 * LABEL_PX + 8 if split_heads else LABEL_PX + 6
-    canvas = Image.new("RGB", (left + width + 4, above + height * len(rows) + 4), "white")
+    left, first = 66, LABEL_PX + 5 if title else 2
+    above = first + (2 * LABEL_PX + 6 if split_heads else LABEL_PX + 4)
+    full = max(left + width, int(font().getlength(title)) + 4)
+    canvas = Image.new("RGB", (full + 4, above + height * len(rows) + 4), "white")
     draw = ImageDraw.Draw(canvas)
+    draw.text((4, 2), title, "black", font())
     columns = shares.shape[1]
     for head in range(columns):
         middle = left + width * (head + 0.5) / columns
-        _label(draw, (middle, 2), f"head {head}")
+        _label(draw, (middle, first), f"head {head}")
         if split_heads:
-            _label(draw, (middle, LABEL_PX + 4), COLOUR_HEADS[head], LABEL_INKS.get(COLOUR_HEADS[head], "black"))
+            _label(
+                draw, (middle, first + LABEL_PX + 2), COLOUR_HEADS[head], LABEL_INKS.get(COLOUR_HEADS[head], "black")
+            )
     for block, row in enumerate(rows):
         y = above + block * height
-        draw.text((left - 6, y + height / 2), f"block {block}", "black", _font(), anchor="rm")
+        draw.text((left - 6, y + height / 2), f"block {block}", "black", font(), anchor="rm")
         large = row.resize((width, height), Image.Resampling.NEAREST)
         canvas.paste(large, (left, y), large)
     return canvas
 
 
 def _label(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, ink: str = "black") -> None:
-    draw.text(at, text, ink, _font(), anchor="ma")
+    draw.text(at, text, ink, font(), anchor="ma")
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """What labels are written in."""
     return ImageFont.load_default(LABEL_PX - 2)
 
 

@@ -9,17 +9,24 @@ from typing import Any, Final
 
 from PIL import Image
 
-from nkat_ray.report import attention
+from nkat_ray.metrics import EPOCH, NKAT_SCALARS, VAL_ACCURACY
+from nkat_ray.report import attention, drawings
 from nkat_ray.report.attention import COLOUR_HEADS, Array
 from nkat_ray.report.charts import Figure
 from nkat_ray.report.page import Page, escaped, table
 
 PAGE_FILE: Final = "explain.html"
 PICTURES: Final = "image_*.png"  # what an earlier call left is removed by this pattern
+HEADS_FILE, PARAMETERS_FILE = "heads.png", "parameters.png"
 PAGE_ZOOM: Final = 4  # of the image and its rollout: 32 pixels become 128; the heads are enlarged by the browser
 ROW_PX: Final = 34  # of a block in a chart
 CELLS: Final = ((0, "#f3f6fa"), (1, "#56B4E9"))  # dark text is readable on all of it, on a light page and a dark one
 LINES: Final = (("#0072B2", "circle"), ("#E69F00", "square"))
+STARTS: Final = {"alpha": 0.1, "beta": 0.05, "attention_gain": 1.0, "mlp_gain": 1.0}  # docs/spec.md section 3
+TITLES: Final = {
+    "alpha": "alpha", "beta": "beta", "attention_gain": "residual scalar of the attention",
+    "mlp_gain": "residual scalar of the MLP",
+}  # fmt: skip
 
 STYLE: Final = """
 .example { border-top: 1px solid var(--line); padding: 14px 0 18px; break-inside: avoid; }
@@ -32,6 +39,7 @@ STYLE: Final = """
 .heads > div { text-align: center; } .heads > .row { text-align: right; padding-right: 8px; white-space: nowrap; }
 .heads .tag { justify-self: center; width: calc(100% - 3px); border-bottom: 3px solid var(--line); color: var(--ink); }
 .heads .red { border-color: #d5362b; } .heads .green { border-color: #2f9e44; } .heads .blue { border-color: #3b6fd9; }
+h4 { font-size: 0.92rem; font-weight: 600; margin: 12px 0 0; }
 .key { display: flex; align-items: center; gap: 8px; color: var(--soft); font-size: 0.92rem; flex-wrap: wrap; }
 .key i { width: 120px; height: 12px; border-radius: 2px; print-color-adjust: exact;
   background: linear-gradient(to right, #440154, #3b528b, #21918c, #5ec962, #fde725); }
@@ -81,22 +89,91 @@ class Explanation:
     split_heads: bool
     scalars: Mapping[str, Sequence[float]]
     """Block by block: alpha, beta, attention_gain, mlp_gain, strength."""
+    history: Sequence[Mapping[str, Any]]
+    """The epochs of this model's training, as in curves.parquet, by epoch; empty where they were not found."""
+    epoch: int
+    """The epoch whose weights these are."""
     facts: Mapping[str, str]
     """About the model, its data and the checks that were made."""
 
 
 def write_explanation(found: Explanation, out: Path) -> Path:
-    """Write the page and two PNG files an image into a folder that exists; returns the page's path."""
+    """Write the page and its pictures (two PNG files an image, heads.png and parameters.png) into a folder that
+    exists; returns the page's path."""
     for old in out.glob(PICTURES):
         old.unlink()
     for number, example in enumerate(found.examples, 1):
         shares = attention.received(example.weights)
-        heads = attention.sheet(example.image, shares, top=float(shares.max()), split_heads=found.split_heads)
+        heads = attention.sheet(
+            example.image, shares, top=float(shares.max()), split_heads=found.split_heads, title=_title(example)
+        )
         (out / f"image_{number:02}-heads.png").write_bytes(attention.png(heads))
         (out / f"image_{number:02}-rollout.png").write_bytes(attention.png(_rollout_picture(example)))
+    (out / HEADS_FILE).write_bytes(attention.png(_heads_picture(found)))
+    (out / PARAMETERS_FILE).write_bytes(attention.png(_parameters_picture(found)))
     page = out / PAGE_FILE
     page.write_text(explanation_page(found).render(), encoding="utf-8")
     return page
+
+
+def _title(example: Example) -> str:
+    """What a picture of an example says above it."""
+    said = f"predicted {example.ranked[0][0]} ({example.ranked[0][1]:.2f})"
+    if example.right is None:
+        return said
+    return f"{said}: right" if example.right else f"{said}: wrong, it is {example.truth}"
+
+
+def _heads_picture(found: Explanation) -> Image.Image:
+    """Entropy and kept tokens of each head, as the page has them."""
+    limit, most = _limits(found)
+    entropy = drawings.cells(
+        found.entropy, low=0.0, high=limit, split_heads=found.split_heads, title=f"entropy, nats (at most {limit:.2f})"
+    )
+    kept = drawings.cells(
+        found.kept, low=1.0, high=float(most), split_heads=found.split_heads, title=f"kept tokens (at most {most})"
+    )
+    return drawings.grid([entropy, kept])
+
+
+def _parameters_picture(found: Explanation) -> Image.Image:
+    """Each kind of NKAT scalar over the blocks, and below over the epochs where they are known."""
+    blocks = len(found.scalars["alpha"])
+    colours = {name: LINES[n % 2][0] for n, name in enumerate(NKAT_SCALARS)}
+    panels = [
+        drawings.lines({"": list(enumerate(found.scalars[name]))}, {"": colours[name]}, title=TITLES[name],
+                       axis="block")
+        for name in NKAT_SCALARS
+    ]  # fmt: skip
+    panels += [
+        drawings.lines(
+            {str(block): points for block, points in enumerate(_over_epochs(found.history, name, blocks))},
+            {str(block): drawings.block_colour(block, blocks) for block in range(blocks)},
+            title=f"{TITLES[name]}, a line a block",
+            axis="epoch",
+            mark=found.epoch,
+        )
+        for name in NKAT_SCALARS
+        if found.history
+    ]
+    return drawings.grid(panels)
+
+
+def _over_epochs(history: Sequence[Mapping[str, Any]], name: str, blocks: int) -> list[list[tuple[float, float]]]:
+    """For each block the points (epoch, value), from where training starts; epochs without values are left out."""
+    known = [row for row in history if row.get(name)]
+    return [
+        [(0.0, STARTS[name]), *((float(row[EPOCH]), float(row[name][block])) for row in known)]
+        for block in range(blocks)
+    ]
+
+
+def _limits(found: Explanation) -> tuple[float, int]:
+    """The largest entropy, and the most tokens, that the filter leaves a query."""
+    return (
+        attention.largest_entropy(found.tokens, found.top_k),
+        min(found.tokens, found.top_k or found.tokens),
+    )
 
 
 def _rollout_picture(example: Example) -> Image.Image:
@@ -207,8 +284,7 @@ def _head_grid(example: Example, found: Explanation) -> str:
 
 def _heads(found: Explanation, page: Page) -> list[str]:
     """Entropy and kept tokens as two heatmaps."""
-    most = min(found.tokens, found.top_k or found.tokens)
-    limit = attention.largest_entropy(found.tokens, found.top_k)
+    limit, most = _limits(found)
     note = (
         f'<p class="soft">Means over all queries and {found.averaged} {escaped(found.what)}. '
         f"The filter lets a query look at {most} of {found.tokens} tokens at most; spread evenly over those, its "
@@ -273,9 +349,61 @@ def _scalars(found: Explanation, page: Page) -> list[str]:
     gains = _lines({"attention": names["attention_gain"], "MLP": names["mlp_gain"]}, starts=(1.0, 1.0))
     return [
         note,
+        "<h3>Over the blocks</h3>",
         f'<div class="pair"><div><h3>alpha and beta</h3>{page.chart(modulation, "alpha and beta by block")}</div>'
         f"<div><h3>Residual scalars</h3>{page.chart(gains, 'Residual scalars by block')}</div></div>",
+        *_gauge(found, page),
     ]
+
+
+def _gauge(found: Explanation, page: Page) -> list[str]:
+    """The same scalars over the epochs of the training ("gauge parameters"), a chart a kind, a line a block."""
+    if not found.history:
+        return [
+            '<h3>Over the epochs</h3><p class="soft">Not known: no curves.parquet above the model has an epoch with '
+            "these values. A run and nkat train write one.</p>"
+        ]
+    best = next((row[VAL_ACCURACY] for row in found.history if row[EPOCH] == found.epoch), None)
+    note = (
+        f'<p class="soft">After each epoch, from where training starts (epoch 0). Blue is block 0, orange the last '
+        f"block. The dashed line is epoch {found.epoch}, whose weights these are"
+        f"{'' if best is None else f' (validation accuracy {best:.4f})'}.</p>"
+    )
+    blocks = len(found.scalars["alpha"])
+    charts = "".join(
+        f"<div><h4>{TITLES[name]}</h4>"
+        f"{page.chart(epochs_chart(found, name, blocks), f'{TITLES[name]} over the epochs')}</div>"
+        for name in NKAT_SCALARS
+    )
+    return [f'<h3>Over the epochs</h3>{note}<div class="pair">{charts}</div>']
+
+
+def epochs_chart(found: Explanation, name: str, blocks: int) -> Figure:
+    """One kind of scalar over the epochs, a line a block; the first and the last are named at their ends."""
+    data: list[dict[str, Any]] = []
+    for block, points in enumerate(_over_epochs(found.history, name, blocks)):
+        named = block in (0, blocks - 1)
+        data.append(
+            {
+                "type": "scatter", "mode": "lines+markers+text" if named else "lines+markers", "name": f"block {block}",
+                "x": [x for x, _ in points], "y": [y for _, y in points], "textposition": "middle right",
+                "text": [""] * (len(points) - 1) + [f" {block}"], "cliponaxis": False,
+                "line": {"color": drawings.block_colour(block, blocks), "width": 2}, "marker": {"size": 5},
+                "hovertemplate": f"block {block}, epoch %{{x}}: %{{y:.4f}}<extra></extra>",
+            }
+        )  # fmt: skip
+    layout = {
+        "xaxis": {"title": {"text": "epoch"}, "zeroline": False, "automargin": True, "tickformat": "d"},
+        "yaxis": {"title": {"text": ""}, "zeroline": False, "automargin": True},
+        "shapes": [
+            {"type": "line", "x0": found.epoch, "x1": found.epoch, "yref": "paper", "y0": 0, "y1": 1,
+             "line": {"dash": "dash", "width": 1.5, "color": "#888888"}}
+        ],
+        "margin": {"l": 56, "r": 24, "t": 8, "b": 44},
+        "showlegend": False,
+        "dragmode": False,
+    }  # fmt: skip
+    return {"data": data, "layout": layout, "height": 240}
 
 
 def _lines(series: Mapping[str, Sequence[float]], *, starts: Sequence[float]) -> Figure:

@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from nkat_ray.config import SPACES, Choice, TrainConfig, TrialConfig, field_names
+from nkat_ray.config import SPACES, Choice, Domain, TrainConfig, TrialConfig, field_names
+from nkat_ray.domains import domain_of_json
 from nkat_ray.metrics import LAMBDA_MODELS, STAGE2_DATASETS
 from nkat_ray.report import charts, results, tables
 from nkat_ray.report.page import Page, escaped, table
@@ -73,7 +74,15 @@ class Run:
     @property
     def searched(self) -> list[str]:
         """Names of the searched parameters."""
-        return list(SPACES.get(str(self.config.get("space")), SPACES["round2"]))
+        return list(self.domains or SPACES["round2"])
+
+    @property
+    def domains(self) -> Mapping[str, Domain]:
+        """What each of them might be; empty where the run does not say."""
+        own = self.config.get("own_space")
+        if own:
+            return {name: domain_of_json(domain) for name, domain in own.items()}
+        return SPACES.get(str(self.config.get("space")), {})
 
 
 def load_run(folder: Path) -> Run:
@@ -372,7 +381,7 @@ def _importance(run: Run, page: Page) -> list[str]:
 
 
 def _choices(run: Run, name: str) -> Sequence[Any]:
-    domain = SPACES.get(str(run.config.get("space")), {}).get(name)
+    domain = run.domains.get(name)
     return domain.values if isinstance(domain, Choice) else ()
 
 

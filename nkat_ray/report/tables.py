@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nkat_ray.config import TrialConfig, field_names
+from nkat_ray.metrics import NKAT_SCALARS
 
 Row = dict[str, Any]
 Rows = Iterable[Mapping[str, Any]]
@@ -94,6 +95,7 @@ CURVES_SCHEMA: Final = pa.schema(
         ("images_per_s", pa.float64()),
         ("epoch_s", pa.float64()),
         ("started_s", pa.float64()),
+        *((name, pa.list_(pa.float64())) for name in NKAT_SCALARS),  # block by block
     ]
 )
 STAGE2_SCHEMA: Final = pa.schema(

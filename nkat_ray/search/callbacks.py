@@ -10,7 +10,7 @@ import pyarrow.fs
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from nkat_ray.metrics import ATTENTION_ENTROPY, EPOCH, LOCAL_TPE, STOP_REASON, TRAIN_LOSS, VAL_ACCURACY
+from nkat_ray.metrics import ATTENTION_ENTROPY, EPOCH, LOCAL_TPE, NKAT_PREFIX, STOP_REASON, TRAIN_LOSS, VAL_ACCURACY
 from nkat_ray.search.gate import STOP_DETAIL
 from nkat_ray.search.journal import Journal, TrialRecord
 
@@ -122,7 +122,7 @@ class JournalCallback(Callback):
 
     def _write_epoch(self, record: TrialRecord, trial: Trial, result: Mapping[str, Any]) -> dict[str, Any]:
         row = {key: result.get(key) for key in ROW_KEYS}
-        row |= {key: value for key, value in result.items() if key.startswith(ATTENTION_ENTROPY)}
+        row |= {key: value for key, value in result.items() if key.startswith((ATTENTION_ENTROPY, NKAT_PREFIX))}
         name = result.get("checkpoint_dir_name")
         path = f"{self._folder}/{trial.storage.trial_dir_name}/{name}" if name and trial.storage else None
         self._journal.write("result", trial=record.trial, row=row, checkpoint=path)

@@ -1,11 +1,12 @@
 """From the journal's state to the rows of trials.parquet and curves.parquet (docs/spec.md section 8)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from nkat_ray.config import RunConfig
-from nkat_ray.metrics import EPOCH, LOCAL_TPE, TRAIN_LOSS, VAL_ACCURACY
+from nkat_ray.metrics import EPOCH, LOCAL_TPE, NKAT_PREFIX, NKAT_SCALARS, TRAIN_LOSS, VAL_ACCURACY
 from nkat_ray.search.journal import RunState, TrialRecord
 from nkat_ray.search.space import trial_config
 
@@ -50,10 +51,20 @@ def curve_rows(state: RunState) -> list[dict[str, Any]]:
     start."""
     start = state.attempts[0][0] if state.attempts else 0.0
     return [
-        {"trial": number, **{key: row[key] for key in CURVE_KEYS}, "started_s": row["started_s"] - start}
+        {"trial": number, **curve_row(row), "started_s": row["started_s"] - start}
         for number, record in sorted(state.trials.items())
         for _, row in sorted(record.curve.items())
     ]
+
+
+def curve_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What an epoch reported as curves.parquet's columns: an NKAT scalar's values, block by block, are one list."""
+    found = {key: row[key] for key in CURVE_KEYS}
+    for name in NKAT_SCALARS:
+        start = f"{NKAT_PREFIX}{name}/block_"
+        blocks = sum(key.startswith(start) for key in row)
+        found[name] = [row[f"{start}{block}"] for block in range(blocks)] or None  # none where the loss was not finite
+    return found
 
 
 def training_share(state: RunState) -> float | None:

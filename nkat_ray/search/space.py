@@ -7,12 +7,12 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from nkat_ray.config import ROUND1_BEST, SPACES, Choice, Domain, RunConfig, Span, TrialConfig, field_names
+from nkat_ray.config import ROUND1_BEST, Choice, Domain, RunConfig, Span, TrialConfig, field_names
 
 
 def domains(run: RunConfig, fixed: Collection[str] = ()) -> dict[str, Domain]:
     """The parameters that are searched: the space without those that the user typed."""
-    return {name: domain for name, domain in SPACES[run.space].items() if name not in fixed}
+    return {name: domain for name, domain in run.domains.items() if name not in fixed}
 
 
 def distribution(domain: Domain) -> BaseDistribution:
@@ -33,9 +33,10 @@ def contains(domain: Domain, value: Any) -> bool:
 
 
 def clip(domain: Domain, value: Any) -> Any:
-    """The nearest value that a span can draw; a choice has no nearest, so the value itself."""
+    """The nearest value that a span can draw (its lowest for `off`); a choice has no nearest, so the value itself."""
     if isinstance(domain, Choice):
         return value
+    value = domain.low if value is None else value
     clipped = min(max(value, domain.low), domain.high)
     if domain.step is None:
         return clipped
@@ -43,8 +44,12 @@ def clip(domain: Domain, value: Any) -> Any:
 
 
 def baseline_point(run: RunConfig, space: Mapping[str, Domain]) -> dict[str, Any]:
-    """The notes' baseline (the run's own trial fields) within the space."""
-    return {name: clip(domain, getattr(run, name)) for name, domain in space.items()}
+    """The notes' baseline (the run's own trial fields) within the space; a choice without its value gives its first."""
+    point = {name: clip(domain, getattr(run, name)) for name, domain in space.items()}
+    for name, domain in space.items():
+        if isinstance(domain, Choice) and not contains(domain, point[name]):
+            point[name] = domain.values[0]
+    return point
 
 
 def round1_point(run: RunConfig, space: Mapping[str, Domain]) -> tuple[dict[str, Any], list[str]]:

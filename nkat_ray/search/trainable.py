@@ -98,6 +98,7 @@ def train_trial(
         row = {**asdict(result), LOCAL_TPE: score, BEST_LOCAL_TPE: best if best > -math.inf else math.nan, **facts}
         if math.isfinite(score):
             row |= trainer.attention_entropy()
+            row |= trainer.nkat_scalars()
         with _checkpoint(trainer, best, weights, finite=math.isfinite(score)) as checkpoint:
             tune.report({**row, NOTICES: list(notices)}, checkpoint=checkpoint)
         notices.clear()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nkat_ray.config import IMAGE_SIZE, TrialConfig
-from nkat_ray.metrics import ATTENTION_ENTROPY
-from nkat_ray.model.capture import capture_attention
+from nkat_ray.metrics import ATTENTION_ENTROPY, NKAT_PREFIX, NKAT_SCALARS
+from nkat_ray.model.capture import capture_attention, nkat_scalars
 from nkat_ray.train.augment import augment, mix
 from nkat_ray.train.checkpoint import Weights
 from nkat_ray.train.optim import create_ema, create_optimizer, lr_at
@@ -266,7 +266,10 @@ class Trainer:
         """Entropy in nats of each block's attention, `attention/entropy/block_0` and so on: 0 looks at one token.
 
         Of the scored network, as the mean over heads, queries and the first few validation images. Nothing is drawn.
+        None of weights that are not finite any more: the next epoch's loss says so.
         """
+        if not all(bool(weights.isfinite().all()) for weights in self.scored_model.parameters()):
+            return {}
         self.scored_model.eval()
         found = []
         for positions in torch.arange(min(ENTROPY_IMAGES, len(self.val))).split(ENTROPY_BATCH):
@@ -275,6 +278,15 @@ class Trainer:
             found.append(reduce(torch.special.entr(weights).sum(-1), "l b h q -> b l", "mean"))
         blocks = torch.cat(found).mean(0).tolist()
         return {f"{ATTENTION_ENTROPY}{block}": value for block, value in enumerate(blocks)}
+
+    def nkat_scalars(self) -> dict[str, float]:
+        """The scored network's NKAT scalars, `nkat/alpha/block_0` and so on; of NKAT-ViT alone."""
+        found = nkat_scalars(self.scored_model)  # type: ignore[arg-type]
+        return {
+            f"{NKAT_PREFIX}{name}/block_{block}": value
+            for name in NKAT_SCALARS
+            for block, value in enumerate(found[name])
+        }
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on; `torch.load(weights_only=True)` reads it."""

@@ -3,7 +3,9 @@
 import base64
 import dataclasses
 import io
+import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,8 +23,12 @@ from nkat_ray.commands.explain import ExplainConfig, choose, explain, read_image
 from nkat_ray.config import DataConfig, TrialConfig
 from nkat_ray.data import Dataset, Split, open_dataset, split_validation
 from nkat_ray.data.parquet import pair_path, write_split
+from nkat_ray.metrics import NKAT_SCALARS
 from nkat_ray.model import create_nkat_vit
+from nkat_ray.model.capture import nkat_scalars
 from nkat_ray.report.explain import Explanation, heatmap
+from nkat_ray.report.explain import _title as title_of
+from nkat_ray.report.tables import write_curves
 from nkat_ray.train.checkpoint import Weights
 from nkat_ray.train.loop import normalise, to_network_size
 from nkat_ray.train.transfer import save_weights
@@ -150,7 +156,7 @@ def test_averages_stay_within_the_filter(
     weights, folder = saved(top_k=3)
     found, _ = run(folder, monkeypatch, images=("20",), data_dir=stripes)
     assert found.averaged == len(found.examples) == 20
-    kept = np.mean([(item.weights > 0).sum(-1).mean(-1) for item in found.examples], 0)
+    kept = np.mean([(item.weights > 0).sum(-1).mean(-1) for item in found.examples], 0)  # nothing underflows here
     assert found.kept == pytest.approx(kept)
     assert found.kept.max() <= weights.config.top_k
     assert found.kept.min() >= 1
@@ -189,7 +195,12 @@ def test_the_page_and_the_pictures_stand_alone(
     assert text.count('class="tag red"') == 2 * 4
     files = sorted(path.name for path in page.parent.iterdir())
     assert files == sorted(
-        ["explain.html", *(f"image_0{n}-{kind}.png" for n in range(1, 5) for kind in ("heads", "rollout"))]
+        [
+            "explain.html",
+            "heads.png",
+            "parameters.png",
+            *(f"image_0{n}-{kind}.png" for n in range(1, 5) for kind in ("heads", "rollout")),
+        ]
     )
     assert f"{found.right} of 20 validation images are right" in text
     assert "Images that it has wrong" in text
@@ -200,6 +211,70 @@ def test_a_model_is_found_as_a_run_a_folder_or_a_file(saved: Callable[..., Any],
     wanted = folder / "best" / "weights.safetensors"
     for model in (folder, folder / "best", wanted):
         assert weights_file(model) == wanted
+
+
+def curve_of(weights: Weights, *, trial: int, epochs: int) -> list[dict[str, Any]]:
+    """Rows of curves.parquet whose epoch `weights.epoch` has the model's scalars."""
+    final = nkat_scalars(weights.build())
+    return [
+        {"trial": trial, "epoch": epoch, "val_accuracy": epoch / 10}
+        | {name: [value + epoch - weights.epoch for value in final[name]] for name in NKAT_SCALARS}
+        for epoch in range(1, epochs + 1)
+    ]
+
+
+@pytest.mark.parametrize("place", ["best", "tune/attempt_000/trial_1/checkpoint_000002"])
+def test_the_scalars_over_the_epochs_are_those_of_this_models_training(
+    saved: Callable[..., Any], stripes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    weights, folder = saved()
+    if place != "best":
+        shutil.copytree(folder / "best", folder / place)
+        shutil.rmtree(folder / "best")
+    mine = curve_of(weights, trial=1, epochs=5)
+    other = [{**row, "trial": 0, "beta": [0.0, 0.0]} for row in mine]
+    diverged = [{"trial": 2, "epoch": 3}]
+    write_curves(folder / "curves.parquet", [*other, *mine, *diverged])
+    found, page = run(folder / place, monkeypatch, images=("2",), data_dir=stripes, out=tmp_path / "out")
+    assert [row["epoch"] for row in found.history] == [1, 2, 3, 4, 5]
+    assert {row["trial"] for row in found.history} == {1}
+    assert found.history[2]["alpha"] == list(found.scalars["alpha"])
+    text = page.read_text(encoding="utf-8")
+    assert "epoch 3, whose weights these are (validation accuracy 0.3000)" in text
+    figures = json.loads(re.findall(r'id="figures">(.*?)</script>', text)[0])
+    charts = [f for f in figures.values() if f["layout"]["xaxis"]["title"]["text"] == "epoch"]
+    assert len(charts) == 4
+    for name, start, chart in zip(NKAT_SCALARS, (0.1, 0.05, 1.0, 1.0), charts, strict=True):
+        assert [trace["name"] for trace in chart["data"]] == ["block 0", "block 1"]
+        for block, trace in enumerate(chart["data"]):
+            assert trace["x"] == [0, 1, 2, 3, 4, 5]
+            assert trace["y"] == [start, *(row[name][block] for row in mine)]
+
+
+def test_without_its_own_curves_nothing_is_shown_over_the_epochs(
+    saved: Callable[..., Any], stripes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, folder = saved()
+    found, page = run(folder, monkeypatch, images=("2",), data_dir=stripes)
+    assert found.history == []
+    assert "no curves.parquet above the model" in page.read_text(encoding="utf-8")
+    other = [{**row, "alpha": [0.0, 0.0]} for row in curve_of(weights, trial=0, epochs=5)]
+    write_curves(folder / "curves.parquet", [*other, {"trial": 1, "epoch": 3}])  # of another model, of an older version
+    found, page = run(folder, monkeypatch, images=("2",), data_dir=stripes)
+    assert found.history == []
+
+
+def test_the_pictures_say_what_is_right_and_what_is_wrong(
+    saved: Callable[..., Any], stripes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = saved()
+    found, _ = run(folder, monkeypatch, images=("20",), data_dir=stripes)
+    titles = [title_of(example) for example in found.examples]
+    assert {example.right for example in found.examples} == {True, False}
+    for example, title in zip(found.examples, titles, strict=True):
+        said, share = example.ranked[0]
+        ending = "right" if example.truth == said else f"wrong, it is {example.truth}"
+        assert title == f"predicted {said} ({share:.2f}): {ending}"
 
 
 def test_image_files_are_explained_without_data(

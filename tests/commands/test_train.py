@@ -22,8 +22,10 @@ from nkat_ray.cli import main
 from nkat_ray.commands import train as command
 from nkat_ray.data import Split
 from nkat_ray.data.parquet import pair_path, write_split
-from nkat_ray.metrics import wilson_interval
+from nkat_ray.metrics import NKAT_SCALARS, wilson_interval
+from nkat_ray.model.capture import nkat_scalars
 from nkat_ray.model.vit import load_pretrained
+from nkat_ray.report.tables import read_curves
 from nkat_ray.train.loop import Trainer, normalise, to_network_size
 
 TINY = (
@@ -122,6 +124,23 @@ def test_a_training_stopped_after_an_epoch_goes_on_bit_for_bit(nkat, tmp_path, m
     assert "epoch 1/3" not in said
     whole, cut = (tmp_path / name / "best" / "model.safetensors" for name in ("whole", "cut"))
     assert cut.read_bytes() == whole.read_bytes()
+    curves = [read_curves(tmp_path / name / "curves.parquet") for name in ("whole", "cut")]
+    times = ("started_s", "epoch_s", "images_per_s")
+    of_both = [[{key: row[key] for key in row if key not in times} for row in rows] for rows in curves]
+    assert of_both[0] == of_both[1]
+    assert [row["epoch"] for row in curves[1]] == [1, 2, 3]
+    started = [row["started_s"] for row in curves[1]]
+    assert started == sorted(started)
+    assert started[0] >= 0
+
+
+def test_its_curve_has_the_scalars_of_the_model_that_it_keeps(nkat, tmp_path):
+    nkat(TINY, "--out", tmp_path / "a", "--depth", 2)
+    found = nkat_scalars(load_pretrained(tmp_path / "a" / "best"))
+    best = json.loads((tmp_path / "a" / "result.json").read_text())["best_epoch"]
+    (row,) = [row for row in read_curves(tmp_path / "a" / "curves.parquet") if row["epoch"] == best]
+    assert {name: row[name] for name in NKAT_SCALARS} == {name: found[name] for name in NKAT_SCALARS}
+    assert row["val_accuracy"] == max(row["val_accuracy"] for row in read_curves(tmp_path / "a" / "curves.parquet"))
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(nkat, tmp_path, monkeypatch):

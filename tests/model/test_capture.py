@@ -72,11 +72,69 @@ def test_the_model_is_left_as_it_was(fused):
         capture_attention(model, torch.zeros(1, 3, 8, 8))
     assert [block.attn.fused_attn for block in model.blocks] == [fused, fused]
     assert not any(block.attn.attn_drop._forward_hooks for block in model.blocks)
+    assert not any("_scores" in vars(block.attn) for block in model.blocks)
 
 
 def test_a_model_in_training_is_refused():
     with pytest.raises(ValueError, match="eval"):
         capture_attention(sharp_model().train(), images())
+
+
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
+def test_kept_tokens_are_the_filters_own_choice(fields):
+    """Counted again from the scores of the first block by sorting; deeper blocks within the filter's bounds."""
+    model = sharp_model(**fields)
+    config = model.config
+    seen = capture_attention(model, images())
+    assert seen.kept.shape == seen.weights.shape[:-1]
+    assert (seen.kept >= (seen.weights > 0).sum(-1)).all()
+    assert seen.kept.min() >= 1
+    assert seen.kept.max() <= min(config.top_k or config.tokens, config.tokens)
+    if config.split_heads:
+        return
+    tokens = model.norm_pre(model.pos_drop(model.patch_embed(images()) + model.pos_embed))
+    attn = model.blocks[0].attn
+    q, k, _ = attn._qkv(model.blocks[0].norm1(tokens))
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5 / config.temperature
+    for row, kept in zip(scores.flatten(0, 2).tolist(), seen.kept[0].flatten().tolist(), strict=True):
+        best = torch.tensor(sorted(row, reverse=True)[: config.top_k]).double().softmax(0).tolist()
+        mass, wanted = 0.0, 0
+        while wanted < len(best) and (config.top_p is None or mass < config.top_p - 1e-6):
+            mass, wanted = mass + best[wanted], wanted + 1
+        assert kept == wanted
+
+
+def test_a_kept_token_counts_where_its_weight_underflows():
+    model = sharp_model(top_k=3, top_p=None)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(1000)
+    seen = capture_attention(model, images())
+    assert (seen.kept == 3).all()
+    assert ((seen.weights > 0).sum(-1) < 3).any()
+
+
+def test_weights_that_do_not_sum_to_one_and_weights_on_dropped_keys_are_noticed(monkeypatch):
+    monkeypatch.setattr("nkat_ray.model.attention.filtered_softmax", lambda scores, **_: scores.softmax(-1))
+    with pytest.raises(RuntimeError, match="dropped"):
+        capture_attention(sharp_model(), images())
+    monkeypatch.setattr(
+        "nkat_ray.model.attention.filtered_softmax", lambda scores, **kw: 0.9 * filtered_softmax(scores, **kw)
+    )
+    with pytest.raises(RuntimeError, match="sum to 1"):
+        capture_attention(sharp_model(), images())
+    monkeypatch.setattr(
+        "nkat_ray.model.attention.filtered_softmax", lambda scores, **kw: torch.nan * filtered_softmax(scores, **kw)
+    )
+    with pytest.raises(RuntimeError, match="dropped"):
+        capture_attention(sharp_model(), images())
+
+
+def test_a_block_that_shows_nothing_is_noticed():
+    model = sharp_model()
+    model.blocks[1].attn.forward = lambda x: x
+    with pytest.raises(RuntimeError, match="1 of 2 blocks"):
+        capture_attention(model, images())
 
 
 def test_another_prediction_is_noticed():

@@ -93,9 +93,11 @@ def test_a_start_is_written_and_told(stage: Stage) -> None:
 
 def test_an_epoch_is_written_before_anybody_is_told(stage: Stage) -> None:
     trial = FakeTrial(0)
-    stage.result(trial, 1, 0.3, checkpoint_dir_name="checkpoint_000000")
+    scalars = {"nkat/alpha/block_0": 0.1, "nkat/alpha/block_1": 0.2}
+    stage.result(trial, 1, 0.3, checkpoint_dir_name="checkpoint_000000", **scalars)
     record = stage.record(trial)
-    assert set(record.curve[1]) == set(ROW_KEYS)
+    assert set(record.curve[1]) == {*ROW_KEYS, *scalars}
+    assert scalars.items() <= record.curve[1].items()
     assert record.curve[1]["local_tpe"] == 0.3
     assert record.checkpoints == ["/tune/attempt_001/dir0/checkpoint_000000"]
     assert stage.heard.calls == [("on_result", (0, record.curve[1]))]

@@ -86,6 +86,15 @@ def test_a_curves_row_holds_the_contracts_columns() -> None:
     assert found["started_s"] == 30.0  # from the run's start, as in trials.parquet
 
 
+def test_nkat_scalars_are_one_list_each_by_block_not_by_name() -> None:
+    blocks = 12  # block_10 comes before block_2 by name
+    scalars = {f"nkat/{name}/block_{n}": float(n) for name in ("alpha", "mlp_gain") for n in reversed(range(blocks))}
+    trial = record(curve={1: row(1) | scalars, 2: row(2, math.nan)})
+    first, second = curve_rows(state_of(trial, attempts=[(0.0, 1.0)]))
+    assert first["alpha"] == first["mlp_gain"] == [float(n) for n in range(blocks)]
+    assert (first["beta"], second["alpha"]) == (None, None)
+
+
 # --- training share ---------------------------------------------------------------------------------------------------
 
 

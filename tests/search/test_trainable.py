@@ -10,6 +10,7 @@ import torch
 from ray import tune
 
 from nkat_ray.metrics import lambda_notes
+from nkat_ray.model.capture import nkat_scalars
 from nkat_ray.search import trainable
 from nkat_ray.search.callbacks import ROW_KEYS
 from nkat_ray.search.trainable import device_for, memory_for_trial, train_trial
@@ -125,6 +126,20 @@ def test_the_score_is_tpe_under_the_runs_lambda(train: Callable[..., FakeTune], 
         assert row["lambda_theory"] == lam
         assert row["local_tpe"] == pytest.approx(0.5 / math.log10(1 + lam))
     assert row["nkat_parameters"] == 4
+
+
+def test_the_nkat_scalars_of_the_scored_weights_are_reported(train: Callable[..., FakeTune]) -> None:
+    whole = train(run={"depth": 2, "lr": 0.05})
+    names = [f"nkat/{name}/block_{n}" for name in ("alpha", "beta", "attention_gain", "mlp_gain") for n in range(2)]
+    for row, folder in zip(whole.rows, whole.checkpoints, strict=True):
+        weights = Weights.from_bytes((folder / WEIGHTS_FILE).read_bytes())
+        assert [key for key in row if key.startswith("nkat/")] == names
+        if weights.epoch == row["epoch"]:
+            found = nkat_scalars(weights.build())
+            assert [row[name] for name in names] == [
+                value for name in ("alpha", "beta", "attention_gain", "mlp_gain") for value in found[name]
+            ]
+    assert len({row["nkat/alpha/block_0"] for row in whole.rows}) == 3  # they are learnt
 
 
 def test_the_proposed_values_are_used(train: Callable[..., FakeTune]) -> None:
