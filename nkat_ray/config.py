@@ -323,6 +323,8 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
     """Epoch of the smoke rule, >= 1; beyond epochs it never applies."""
     smoke_accuracy: float = 0.45
     """Validation accuracy that must be exceeded in that epoch, 0..1."""
+    gate_projection: bool = False
+    """Also stop (reason `gate`) a trial whose projected upper bound is below the gate; silent until 10 finished."""
     max_failures: int = 2
     """Times a trial is retried from its checkpoint after a fault, 0..100."""
     stage1_hours: OptionalFloat = None

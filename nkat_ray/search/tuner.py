@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from ray.tune import Callback
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from nkat_ray.config import RunConfig
+from nkat_ray.metrics import EPOCH, LOCAL_TPE
 from nkat_ray.search.callbacks import JournalCallback, Listeners
 from nkat_ray.search.gate import LocalTPEGate
-from nkat_ray.search.journal import Journal
+from nkat_ray.search.journal import Journal, TrialRecord
+from nkat_ray.search.projection import GateProjection
 from nkat_ray.search.resources import Cluster, slots, trial_share
 from nkat_ray.search.scheduler import ResumableASHA
 from nkat_ray.search.searcher import GatedOptunaSearch
@@ -73,6 +75,7 @@ def tune_stage1(
             scheduler=ResumableASHA(
                 max_t=run.epochs, grace_period=run.grace, reduction_factor=run.reduction, earlier=earlier
             ),
+            gate=gate_of(run, earlier),
             callback=JournalCallback(
                 journal, folder=f"{tune_folder}/{attempt}", gate=run.gate, max_epochs=run.epochs, tell=searcher.tell,
                 expired=expired, listeners=listeners,
@@ -95,6 +98,7 @@ def _fit(
     at_a_time: int,
     searcher: GatedOptunaSearch,
     scheduler: ResumableASHA,
+    gate: LocalTPEGate,
     callback: JournalCallback,
     trackers: list[Callback],
     tune_folder: str,
@@ -108,7 +112,6 @@ def _fit(
     trainable = tune.with_parameters(
         train_trial, run=run, data=data, vault=vault, deadline_s=deadline_s, memory_bytes=memory_bytes
     )
-    gate = LocalTPEGate(run.gate, run.smoke_epoch, run.smoke_accuracy, run.epochs)
     tune.Tuner(
         tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
@@ -128,3 +131,10 @@ def _fit(
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),  # the one before is used if the last is cut short
         ),
     ).fit()
+
+
+def gate_of(run: RunConfig, earlier: Iterable[TrialRecord]) -> LocalTPEGate:
+    """The run's gate; its projection has learnt from the curves of the journal."""
+    curves = ((record.trial, {row[EPOCH]: row[LOCAL_TPE] for row in record.finite_rows()}) for record in earlier)
+    projection = GateProjection(max_epochs=run.epochs, earlier=curves) if run.gate_projection else None
+    return LocalTPEGate(run.gate, run.smoke_epoch, run.smoke_accuracy, run.epochs, projection=projection)

@@ -20,6 +20,7 @@ from nkat_ray.config import RunConfig
 from nkat_ray.search import tuner
 from nkat_ray.search.callbacks import ROW_KEYS, Listeners
 from nkat_ray.search.journal import JOURNAL_FILE, Journal, RunState, TrialRecord, read_state
+from nkat_ray.search.projection import MIN_FINISHED
 from nkat_ray.search.resources import Cluster
 from nkat_ray.search.scheduler import ResumableASHA
 from nkat_ray.search.searcher import STUDY_FILE, STUDY_NAME, trial_seed
@@ -272,3 +273,17 @@ def test_what_an_earlier_driver_left_undone_ends_when_the_time_is_used_up(whole:
     assert state.trials[0].curve[2]["started_s"] == whole.state.trials[0].curve[2]["started_s"]
     assert (state.trials[1].stop_reason, sorted(state.trials[1].curve)) == ("budget", [1])
     assert state.stage1_done
+
+
+def test_the_gates_projection_is_off_by_default_and_learns_from_the_journal_where_it_is_on() -> None:
+    earlier = [
+        TrialRecord(
+            trial=number, params={}, seed=0, study_number=number,
+            curve={epoch: {"epoch": epoch, "local_tpe": score} for epoch, score in enumerate((0.1, math.nan, 0.2), 1)},
+        )
+        for number in range(MIN_FINISHED)
+    ]  # fmt: skip
+    assert tuner.gate_of(RunConfig.from_preset("quick", epochs=3), earlier).projection is None
+    gate = tuner.gate_of(RunConfig.from_preset("quick", epochs=3, gate_projection=True), earlier)
+    assert gate("new", {"epoch": 1, "val_accuracy": 0.2, "local_tpe": 0.15, "config": {"trial": 99}})
+    assert not gate("good", {"epoch": 1, "val_accuracy": 0.2, "local_tpe": 0.25, "config": {"trial": 98}})

@@ -1,0 +1,154 @@
+"""The replay table: real learning curves of small NKAT-ViTs on real CIFAR-10, for the simulator.
+
+Draws configurations at random from `SPACE` (curve n always has the same one, and n as its seed), trains each with the
+product's own loop on one thread, and rewrites the table after every curve, so that it can be stopped at any time and
+grows over several sittings. Usage:
+
+    OMP_NUM_THREADS=1 python benchmarks/search/curves.py --curves 200
+
+Ten epochs of 1,200 images, scored on 1,000 validation images; both are cut from the training split as in a run, and
+the test images are not touched.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nkat_ray.config import Choice, DataConfig, Domain, Span, TrialConfig
+from nkat_ray.metrics import EPOCH, LOCAL_TPE, TRAIN_LOSS, VAL_ACCURACY, lambda_notes, tpe_score
+
+TABLE = Path(__file__).parent / "curves.parquet"
+EPOCHS, TRAIN_IMAGES, VAL_IMAGES = 10, 1200, 1000
+DRAW_SEED = 2026
+
+SPACE: Mapping[str, Domain] = {
+    "conv_stem": Choice(("off", "tiny")),
+    "tokens": Choice((4, 16)),  # decides the patches: 64 and 256 tokens cost too much for two hundred curves
+    "embed_dim": Span(32, 64, step=16),
+    "depth": Span(1, 2, step=1),
+    "temperature": Span(0.4, 1.6),
+    "top_k": Choice((2, 4, 8, None)),
+    "top_p": Span(0.5, 1.0),
+    "lr": Span(2e-4, 1e-2, log=True),
+    "weight_decay": Span(1e-3, 2e-1, log=True),
+    "label_smoothing": Span(0.0, 0.2),
+    "dropout_attn": Span(0.0, 0.3),
+    "dropout_embed": Span(0.0, 0.3),
+    "cutmix": Span(0.0, 0.5),
+    "cutout": Choice((None, 8)),
+}
+
+
+def draw(domain: Domain, generator: np.random.Generator) -> Any:
+    """A value of the domain, uniformly (log-uniformly where it says so)."""
+    if isinstance(domain, Choice):
+        return domain.values[generator.integers(len(domain.values))]
+    if domain.step is not None:
+        return int(domain.low) + domain.step * int(
+            generator.integers(1 + (int(domain.high) - int(domain.low)) // domain.step)
+        )
+    if domain.log:
+        return float(np.exp(generator.uniform(np.log(domain.low), np.log(domain.high))))
+    return float(generator.uniform(domain.low, domain.high))
+
+
+def params_of(curve: int) -> dict[str, Any]:
+    """The configuration of a curve, by its number alone."""
+    generator = np.random.default_rng([DRAW_SEED, curve])
+    return {name: draw(domain, generator) for name, domain in SPACE.items()}
+
+
+def config_of(params: Mapping[str, Any]) -> TrialConfig:
+    """The trial: `quick`'s recipe with the drawn values."""
+    values = dict(params)
+    side = int(values.pop("tokens") ** 0.5)
+    return TrialConfig(
+        **values, patch_size=(32 if values["conv_stem"] == "off" else 8) // side, num_heads=4, epochs=EPOCHS, warmup=1,
+        batch_size=50, ema=0.99, mixup=0.0, randaugment=None, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES,
+    )  # fmt: skip
+
+
+def load(path: Path = TABLE) -> list[dict[str, Any]]:
+    """The table's rows, one a curve and epoch; none if there is no table yet."""
+    return pq.read_table(path).to_pylist() if path.exists() else []
+
+
+def save(rows: list[dict[str, Any]], path: Path = TABLE) -> None:
+    """Replace the table in one step: a reader, or a kill, sees the old one or the new one."""
+    part = path.with_suffix(".part")
+    pq.write_table(pa.Table.from_pylist(rows), part, compression="zstd")
+    os.replace(part, path)
+
+
+def train(curve: int, selection: Any) -> list[dict[str, Any]]:
+    """One curve, a row an epoch."""
+    import torch
+
+    from nkat_ray.model import create_nkat_vit
+    from nkat_ray.train.loop import ImageSet, Trainer
+
+    params, cpu = params_of(curve), torch.device("cpu")
+    config = config_of(params)
+    torch.manual_seed(curve)
+    train, val = (
+        ImageSet(selection.images, selection.labels, index, cpu)
+        for index in (selection.train_index, selection.val_index)
+    )
+    mean, std = train.statistics()
+    model = create_nkat_vit(config, num_classes=10, grey=False, mean=mean, std=std)
+    trainer = Trainer(
+        model, config, train=train, val=val, num_classes=10, flip=True, mean=mean, std=std, seed=curve, device=cpu,
+        notice=print,
+    )  # fmt: skip
+    lam = lambda_notes(config.conv_stem, config.embed_dim)
+    rows = []
+    for result in trainer.epochs():
+        finite = np.isfinite(result.val_accuracy)
+        rows.append({
+            "curve": curve, "seed": curve, **params, "patch_size": config.patch_size, "lambda_notes": lam,
+            EPOCH: result.epoch, TRAIN_LOSS: result.train_loss, VAL_ACCURACY: result.val_accuracy,
+            LOCAL_TPE: tpe_score(result.val_accuracy, lam) if finite else float("nan"), "epoch_s": result.epoch_s,
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curves", type=int, default=200, help="curves in the table at the end")
+    parser.add_argument("--table", type=Path, default=TABLE)
+    arguments = parser.parse_args()
+    import torch
+
+    from nkat_ray.data import Missing, open_dataset
+    from nkat_ray.data.selection import Limits, select_images
+
+    torch.set_num_threads(1)
+    dataset = open_dataset("cifar10", DataConfig(), notice=print)
+    if isinstance(dataset, Missing):
+        raise SystemExit(f"cifar10 cannot be had: {dataset.reason}")
+    selection = select_images(dataset, Limits(VAL_IMAGES, TRAIN_IMAGES))
+    rows = load(arguments.table)
+    done = {row["curve"] for row in rows}
+    for curve in range(arguments.curves):
+        if curve in done:
+            continue
+        clock, cpu = time.perf_counter(), time.process_time()
+        rows += train(curve, selection)
+        save(rows, arguments.table)
+        last = rows[-1]
+        print(
+            f"curve {curve}: accuracy {last[VAL_ACCURACY]:.3f} after {last[EPOCH]} epochs, "
+            f"{time.perf_counter() - clock:.1f} s, cpu {time.process_time() - cpu:.1f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
