@@ -14,6 +14,7 @@ EPOCH: Final = "epoch"
 TRAIN_LOSS: Final = "train_loss"
 VAL_ACCURACY: Final = "val_accuracy"
 LOCAL_TPE: Final = "local_tpe"
+LAMBDA_THEORY: Final = "lambda_theory"
 STOP_REASON: Final = "stop_reason"
 
 LAMBDA_MODELS: Final = ("notes", "counted", "millions")

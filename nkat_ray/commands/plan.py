@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nkat_ray.config import Choice, Domain, RunConfig
+from nkat_ray.earlier import read_earlier
 from nkat_ray.report.terminal import duration
 from nkat_ray.search.resources import Cluster, cluster_of, epoch_flops, peak_bytes, slots, trial_share
 from nkat_ray.search.space import baseline_point, corner_configs, domains, refuse_impossible, round1_point
@@ -26,12 +27,15 @@ def print_plan(run: RunConfig, fixed: Collection[str], console: Console) -> None
         ValueError: an impossible combination of typed and searched values.
     """
     refuse_impossible(run, fixed)
+    earlier = read_earlier(run, domains(run, fixed))
     cluster = this_machine()
     space = domains(run, fixed)
     console.print(_table("configuration", dataclasses.asdict(run)))
     console.print(_table("searched", {name: describe_domain(domain) for name, domain in space.items()}))
     first = {"trial 0 (baseline)": baseline_point(run, space), "trial 1 (Round-1's best)": round1_point(run, space)[0]}
     console.print(_table("first trials", {name: _assignments(point) for name, point in first.items()}))
+    if earlier.notice:
+        console.print(earlier.notice, markup=False, highlight=False)
     console.print(_table("cost", cost(run, fixed, cluster)))
 
 
