@@ -79,6 +79,10 @@ Stem = Literal["off", "tiny", "small"]
 ColorNorm = Literal["off", "layernorm", "residual"]
 LambdaModel = Literal["notes", "counted", "millions"]
 Transfer = Literal["finetune", "probe", "scratch"]
+Sampler = Literal["tpe", "random", "gp", "nsga2"]
+Objective = Literal["local_tpe", "local_tpe,lambda"]
+SchedulerName = Literal["asha", "hyperband", "median", "none"]
+Feedback = Literal["off", "global"]
 
 
 class _Checked:
@@ -309,6 +313,18 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
     your own, NAME.toml."""
     num_samples: int = 50
     """Trials, 1..100000."""
+    sampler: Sampler = "tpe"
+    """Who proposes: tpe (Optuna's TPESampler), random, gp (Gaussian process) or nsga2 (evolution)."""
+    objective: Objective = "local_tpe"
+    """What Optuna is told: Local TPE, or two objectives, Local TPE (up) and lambda_theory (down): a Pareto front."""
+    warm_start: str | None = None
+    """An earlier run (its name under storage_path, or its folder) whose trials the sampler learns from first."""
+    feedback: Feedback = "off"
+    """global: a survivor's Stage 2 validation runs as it passes, and Optuna is told its Global TPE; off: afterwards."""
+    scheduler: SchedulerName = "asha"
+    """Who stops the weak early: asha, hyperband (asynchronous, several brackets), median, or none."""
+    max_survivors: OptionalInt = None
+    """Survivors, >= 1, after which Stage 1 closes: the other trials end with reason `budget`; off: no limit."""
     max_concurrent: AutoInt = None
     """Trials at a time, >= 1; auto: as many as the cluster has room for."""
     gpus_per_trial: AutoFloat = None
@@ -316,9 +332,9 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
     cpus_per_trial: AutoInt = None
     """CPU cores a trial asks for, >= 1; auto: by the machine."""
     grace: int = 5
-    """Epochs before ASHA may stop a trial, 1..epochs."""
+    """Epochs before the scheduler may stop a trial, 1..epochs."""
     reduction: int = 3
-    """ASHA keeps one trial in this many at each rung, 2..16."""
+    """ASHA and Hyperband keep one trial in this many at each rung, 2..16."""
     smoke_epoch: int = 10
     """Epoch of the smoke rule, >= 1; beyond epochs it never applies."""
     smoke_accuracy: float = 0.45
@@ -366,7 +382,12 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
         self._between("gate", low=0, high=1, open_low=True)
         self._check("lambda_model", self.lambda_model in LAMBDA_MODELS, f"allowed: {', '.join(LAMBDA_MODELS)}")
         self._between("num_samples", low=1, high=100_000)
-        self._between("max_concurrent", "cpus_per_trial", low=1)
+        kinds = {"sampler": Sampler, "objective": Objective, "scheduler": SchedulerName, "feedback": Feedback}
+        for name, kind in kinds.items():
+            self._check(name, getattr(self, name) in get_args(kind), f"allowed: {' | '.join(get_args(kind))}")
+        named = self.warm_start is None or bool(self.warm_start.strip())
+        self._check("warm_start", named, "give an earlier run's name or folder")
+        self._between("max_survivors", "max_concurrent", "cpus_per_trial", low=1)
         self._between("gpus_per_trial", low=0, high=8)
         whole = self.gpus_per_trial is None or self.gpus_per_trial <= 1 or self.gpus_per_trial % 1 == 0
         self._check("gpus_per_trial", whole, "above 1 Ray hands out whole GPUs only")

@@ -30,6 +30,7 @@ class Survivor:
     """A trial that passed the gate: where its weights are and what it asks for."""
 
     trial: int
+    epoch: int | None = None  # of the best weights so far; None for a model that no run made
     checkpoints: Sequence[str]  # on disk, newest first, should the object store have lost them
     conv_stem: str
     embed_dim: int
@@ -119,6 +120,10 @@ class WeightSource:
             self._held[survivor.trial] = self.from_disk(survivor) if held is None else held
         return self._held[survivor.trial]
 
+    def forget(self, survivor: Survivor) -> None:
+        """Fetch them anew the next time: the trial may have better ones by then."""
+        self._held.pop(survivor.trial, None)
+
     def from_disk(self, survivor: Survivor) -> "ray.ObjectRef[bytes] | None":
         """Reference to the weights as the disk has them, put anew: the object store has none, or has lost them."""
         payload = weights_on_disk(survivor.checkpoints)
@@ -167,40 +172,102 @@ def validate_survivors(
         Rows of stage2.parquet (validation columns) as they finish, with the weights to be tested, None where there are
         none.
     """
-    source, pending = WeightSource(vault, notice), dict[Any, _Job]()
-    for name, dataset in datasets.items():
-        todo = [survivor for survivor in survivors if (survivor.trial, name) not in done]
-        if isinstance(dataset, Missing):
-            yield from ((_row(s, name, None, run, status="missing", error=dataset.reason), None) for s in todo)
-            continue
-        try:
-            images = ray.put(_images(dataset, run)) if todo else None
-        except (DataError, OSError) as error:  # one dataset's fault is that dataset's alone
-            failed = {"status": "failed", "error": one_line(error)}
-            yield from ((_row(s, name, dataset.classes, run, **failed), None) for s in todo)
-            continue
-        for survivor in todo:
-            job, payload = _Job(survivor, dataset, images), source.get(survivor)
-            if payload is None:
-                yield _failed(job, "its weights are neither in the object store nor on disk", run), None
-            else:
-                pending[_submit(job, payload, run)] = job
-    for ref, job in _as_finished(pending):
+    validation = Validation(datasets, run=run, vault=vault, notice=notice)
+    yield from validation.submit(survivors, done)
+    while validation.tasks:
+        yield from validation.collect(wait=True)
+
+
+Validated = tuple[dict[str, Any], bytes | None]  # a row of stage2.parquet, and the weights to be tested
+
+
+class Validation:
+    """The first half of Stage 2 as it can be had in pieces: survivors are submitted, what is finished is collected.
+
+    Args:
+        datasets: the datasets of Stage 2; a missing one gives a row that says so. Each is read once.
+        run: the configuration.
+        vault: the survivors' weights.
+        notice: told what the user should know.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Dataset | Missing],
+        *,
+        run: RunConfig,
+        vault: ActorHandle[Any],
+        notice: Callable[[str], None],
+    ) -> None:
+        self._datasets, self._run, self._notice = datasets, run, notice
+        self._source = WeightSource(vault, notice)
+        self._images: dict[str, Any] = {}  # references to Selections
+        self._pending: dict[Any, _Job] = {}
+
+    @property
+    def tasks(self) -> int:
+        """Tasks that were sent out and have not been collected."""
+        return len(self._pending)
+
+    @property
+    def busy(self) -> set[int]:
+        """Survivors with such tasks."""
+        return {job.survivor.trial for job in self._pending.values()}
+
+    def submit(self, survivors: Sequence[Survivor], done: Mapping[tuple[int, str], Any]) -> Iterator[Validated]:
+        """Send survivors out to every dataset but those (trial, dataset) that are done.
+
+        Yields:
+            Rows that are known at once: of a dataset that is missing, cannot be read, or of weights that are lost.
+        """
+        for survivor in survivors:
+            self._source.forget(survivor)
+        for name, dataset in self._datasets.items():
+            todo = [survivor for survivor in survivors if (survivor.trial, name) not in done]
+            if isinstance(dataset, Missing):
+                missing = {"status": "missing", "error": dataset.reason}
+                yield from ((_row(s, name, None, self._run, **missing), None) for s in todo)
+                continue
+            try:
+                images = self._images_of(dataset) if todo else None
+            except (DataError, OSError) as error:  # one dataset's fault is that dataset's alone
+                failed = {"status": "failed", "error": one_line(error)}
+                yield from ((_row(s, name, dataset.classes, self._run, **failed), None) for s in todo)
+                continue
+            for survivor in todo:
+                job, payload = _Job(survivor, dataset, images), self._source.get(survivor)
+                if payload is None:
+                    yield _failed(job, "its weights are neither in the object store nor on disk", self._run), None
+                else:
+                    self._pending[_submit(job, payload, self._run)] = job
+
+    def collect(self, *, wait: bool) -> Iterator[Validated]:
+        """What has been finished; with `wait` at least one, if any is on its way."""
+        ready, _ = ray.wait(list(self._pending), timeout=None if wait else 0) if self._pending else ([], [])
+        for ref in ready:
+            yield from self._outcome(ref, self._pending.pop(ref))
+
+    def _images_of(self, dataset: Dataset) -> Any:
+        if dataset.name not in self._images:
+            self._images[dataset.name] = ray.put(_images(dataset, self._run))
+        return self._images[dataset.name]
+
+    def _outcome(self, ref: Any, job: "_Job") -> Iterator[Validated]:
         try:
             weights, figures = ray.get(ref)
         except ray.exceptions.ObjectLostError as error:  # with the vault or its node: the disk still has the weights
-            payload = None if job.again else source.from_disk(job.survivor)
+            payload = None if job.again else self._source.from_disk(job.survivor)
             if payload is None:
-                yield _failed(job, one_line(error), run), None
+                yield _failed(job, one_line(error), self._run), None
             else:
                 again = replace(job, again=True)
-                pending[_submit(again, payload, run)] = again
+                self._pending[_submit(again, payload, self._run)] = again
         except Exception as error:  # whatever a worker or its node died of counts against this dataset alone
-            yield _failed(job, one_line(error), run), None
+            yield _failed(job, one_line(error), self._run), None
         else:
             for text in figures.pop(NOTICES, ()):
-                notice(f"trial {job.survivor.trial} on {job.dataset.name}: {text}")
-            yield _validated(job, figures, run), weights
+                self._notice(f"trial {job.survivor.trial} on {job.dataset.name}: {text}")
+            yield _validated(job, figures, self._run), weights
 
 
 @dataclass(frozen=True)

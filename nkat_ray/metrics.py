@@ -17,6 +17,7 @@ LOCAL_TPE: Final = "local_tpe"
 ATTENTION_ENTROPY: Final = "attention/entropy/block_"  # and the block's number: nats
 NKAT_SCALARS: Final = ("alpha", "beta", "attention_gain", "mlp_gain")  # learned, one of each a block
 NKAT_PREFIX: Final = "nkat/"  # before a scalar's name and its block: nkat/alpha/block_0
+LAMBDA_THEORY: Final = "lambda_theory"
 STOP_REASON: Final = "stop_reason"
 
 LAMBDA_MODELS: Final = ("notes", "counted", "millions")

@@ -21,6 +21,7 @@ from rich.console import Console
 from nkat_ray.config import STAGE1_DATASET, RunConfig, default_storage_path
 from nkat_ray.data import Dataset, Missing
 from nkat_ray.data.selection import select_images, training_limits
+from nkat_ray.earlier import read_earlier
 from nkat_ray.outputs import (
     FAULT,
     INTERRUPTED,
@@ -37,12 +38,13 @@ from nkat_ray.report import results, tables
 from nkat_ray.report.html import write_report
 from nkat_ray.report.tensorboard import TensorBoardLog
 from nkat_ray.report.terminal import Progress, Screen
-from nkat_ray.search.journal import Journal, TrialRecord
+from nkat_ray.search.journal import Journal, RunState, TrialRecord, WarmTrial, read_state
 from nkat_ray.search.rows import curve_rows, trial_row, trial_rows
 from nkat_ray.search.space import corner_configs, domains, refuse_impossible, round1_point
 from nkat_ray.search.storage import CONFIG_FILE, RunStorage, check_writable, run_storage
 from nkat_ray.search.tracking import refuse_absent
 
+STAGE2_FOLDER = "stage2"  # weights of each survivor on each dataset
 SNAPSHOT_S = 10.0  # least time between two writings of the tables while a run goes on
 
 
@@ -73,6 +75,7 @@ def start(config: RunConfig, fixed: Collection[str], console: Screen) -> int:
     refuse_impossible(config, fixed)
     refuse_absent(config)
     check_writable(config.storage_path)
+    read_earlier(config, domains(config, fixed))  # refused before anything is written
     config = dataclasses.replace(config, name=config.name or f"{config.preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
     storage = run_storage(config.storage_path, str(config.name))
     _refuse_existing(config, storage)
@@ -104,6 +107,8 @@ def resume(config: RunConfig, fixed: Collection[str], console: Screen) -> int:
                 return int(code)
         saved = json.loads((storage.local / CONFIG_FILE).read_text())["found"]
         datasets = refuse_other_data(saved, open_datasets(config, console)[1])
+        if not read_state(storage.local).warmed:
+            read_earlier(config, domains(config, fixed))
         return _drive(config, tuple(fixed), datasets, storage, console)
 
 
@@ -244,9 +249,16 @@ def _stage1(run: _Run, progress: Progress, *, cluster: Any, vault: Any) -> None:
         grey=found.grey, flip=found.flip,
     )  # fmt: skip
     run.board.samples({"augmented_batch": _sample(config, data)})
+    stage2 = None
+    if config.feedback == "global":
+        stage2 = EarlyStage2(
+            run.datasets, config=config, vault=vault, journal=run.journal, folder=run.storage.local, cluster=cluster,
+            notice=on_notice,
+        )  # fmt: skip
     tune_stage1(
         config, fixed=run.fixed, data=data, cluster=cluster, vault=vault, journal=run.journal,
-        folder=run.storage.local, tune_folder=run.storage.tune_folder, listeners=listeners,
+        folder=run.storage.local, tune_folder=run.storage.tune_folder, listeners=listeners, stage2=stage2,
+        warm=_earlier_trials(run, progress),
     )  # fmt: skip
 
 
@@ -269,6 +281,15 @@ def _winner_pictures(run: _Run, summary: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     weights = Weights.from_bytes((run.storage.local / tables.BEST_FOLDER / WEIGHTS_FILE).read_bytes())
     return winner_attention(weights, found, training_limits(found, run.config))
+
+
+def _earlier_trials(run: _Run, progress: Progress) -> list[WarmTrial]:
+    """Trials of the run that --warm_start names, with a notice of how many could be taken."""
+    if run.config.warm_start is None or run.journal.state.warmed:
+        return []
+    earlier = read_earlier(run.config, domains(run.config, run.fixed))
+    _notice(run, progress, earlier.notice)
+    return earlier.trials
 
 
 def _stage2(run: _Run, progress: Progress, *, cluster: Any, vault: Any) -> int:
@@ -300,19 +321,16 @@ def evaluate_survivors(
     The ranking is fixed, by validation scores, before any test image is read.
     """
     from nkat_ray.evaluate import payload_path, test_survivors, validate_survivors
-    from nkat_ray.train.checkpoint import write_atomically
 
-    state, moved = journal.state, folder / "stage2"
+    state, moved = journal.state, folder / STAGE2_FOLDER
     moved.mkdir(exist_ok=True)
-    done = state.stage2 if state.ranked else {key: row for key, row in state.stage2.items() if not _faulted(row)}
+    by_trial = {survivor.trial: survivor for survivor in survivors}
+    done = state.stage2 if state.ranked else _validated(state, survivors)
     progress.stage2_start(2 * len(survivors) * len(datasets) - len(done) - len(state.tested))
     for row, payload in validate_survivors(survivors, datasets, run=config, vault=vault, done=done, notice=notice):
-        if payload is not None:
-            write_atomically(payload_path(moved, row["trial"], row["dataset"]), payload)
-        journal.write("stage2", row=row)
+        _keep(row, payload, by_trial[row["trial"]].epoch, folder, journal)
         progress.stage2_done(row["trial"], row["dataset"], row)
         on_row()
-    by_trial = {survivor.trial: survivor for survivor in survivors}
     order = results.rank(
         state.stage2.values(), {trial: s.lambdas()[config.lambda_model] for trial, s in by_trial.items()}
     )
@@ -324,6 +342,74 @@ def evaluate_survivors(
         on_row()
     save_best(by_trial[order[0]], payload_path(moved, order[0], STAGE1_DATASET), folder / "best")
     return order[0]
+
+
+def _keep(row: Mapping[str, Any], payload: bytes | None, epoch: int | None, folder: Path, journal: Journal) -> None:
+    """A validation row and the weights that it is about: first the weights, so that a row never lacks them."""
+    from nkat_ray.evaluate import payload_path
+    from nkat_ray.train.checkpoint import write_atomically
+
+    if payload is not None:
+        write_atomically(payload_path(folder / STAGE2_FOLDER, row["trial"], row["dataset"]), payload)
+    journal.write("stage2", row=row, epoch=epoch)
+
+
+def _validated(state: RunState, survivors: Sequence[Any]) -> dict[tuple[int, str], dict[str, Any]]:
+    """Validation rows that stand: made with the survivors' best weights, and no worker died of them."""
+    rows = {k: row for survivor in survivors for k, row in state.validated(survivor.trial, survivor.epoch).items()}
+    return {key: row for key, row in rows.items() if not _faulted(row)}
+
+
+class EarlyStage2:
+    """Stage 2's validation as Stage 1 uses it (`--feedback global`): rows and weights are kept as Stage 2 itself keeps
+    them, which then only does what is missing. Test images are not read here."""
+
+    def __init__(
+        self,
+        datasets: Datasets,
+        *,
+        config: RunConfig,
+        vault: Any,
+        journal: Journal,
+        folder: Path,
+        cluster: Any,
+        notice: Callable[[str], None],
+    ) -> None:
+        from nkat_ray.evaluate import Validation
+
+        self._datasets, self._config, self._journal, self._folder = datasets, config, journal, folder
+        self._cluster = cluster
+        self._validation = Validation(datasets, run=config, vault=vault, notice=notice)
+        self._epochs: dict[int, int | None] = {}  # of the weights that were sent out
+        (folder / STAGE2_FOLDER).mkdir(exist_ok=True)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks that were sent out and have not been collected."""
+        return self._validation.tasks
+
+    @property
+    def busy(self) -> set[int]:
+        """Trials with such tasks."""
+        return self._validation.busy
+
+    def submit(self, record: TrialRecord) -> None:
+        """Send out what is missing of a survivor's validation, with the best weights that it has now."""
+        survivor = survivor_of(record, self._config, self._cluster)
+        self._epochs[record.trial] = survivor.epoch
+        done = self._journal.state.validated(record.trial, survivor.epoch)
+        for row, payload in self._validation.submit([survivor], done):
+            _keep(row, payload, survivor.epoch, self._folder, self._journal)
+
+    def collect(self, *, wait: bool) -> None:
+        """Write what has been finished into the journal; `wait` until something has."""
+        for row, payload in self._validation.collect(wait=wait):
+            _keep(row, payload, self._epochs[row["trial"]], self._folder, self._journal)
+
+    def score(self, record: TrialRecord) -> float | None:
+        """What Optuna is told of a survivor; None unless all of its validation, with its best weights, is there."""
+        rows = self._journal.state.validated(record.trial, record.best_epoch).values()
+        return None if len(rows) < len(self._datasets) else results.feedback_score(rows, record.trial)
 
 
 def _faulted(row: Mapping[str, Any]) -> bool:
@@ -355,8 +441,8 @@ def survivor_of(record: TrialRecord, config: RunConfig, cluster: Any) -> Any:
 
     trial, last = trial_config(config, record.params), record.curve[max(record.curve)]
     return Survivor(
-        trial=record.trial, checkpoints=record.checkpoints[::-1], conv_stem=trial.conv_stem, embed_dim=trial.embed_dim,
-        nkat_parameters=last["nkat_parameters"], parameters=last["parameters"],
+        trial=record.trial, epoch=record.best_epoch, checkpoints=record.checkpoints[::-1], conv_stem=trial.conv_stem,
+        embed_dim=trial.embed_dim, nkat_parameters=last["nkat_parameters"], parameters=last["parameters"],
         share=trial_share(trial, config, cluster),
     )  # fmt: skip
 

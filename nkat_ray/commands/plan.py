@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from nkat_ray.config import Choice, Domain, RunConfig
+from nkat_ray.earlier import read_earlier
 from nkat_ray.report.terminal import Screen, duration
 from nkat_ray.search.resources import Cluster, cluster_of, epoch_flops, peak_bytes, slots, trial_share
 from nkat_ray.search.space import baseline_point, corner_configs, domains, refuse_impossible, round1_point
@@ -25,6 +26,7 @@ def print_plan(run: RunConfig, fixed: Collection[str], screen: Screen) -> None:
         ValueError: an impossible combination of typed and searched values.
     """
     refuse_impossible(run, fixed)
+    earlier = read_earlier(run, domains(run, fixed))
     cluster = this_machine()
     space = domains(run, fixed)
     shown = {name: value for name, value in dataclasses.asdict(run).items() if name != "own_space"}  # stands below
@@ -37,6 +39,8 @@ def print_plan(run: RunConfig, fixed: Collection[str], screen: Screen) -> None:
     }
     for title, rows in plan.items():
         screen.print(_table(title, rows))
+    if earlier.notice:
+        screen.print(earlier.notice, markup=False, highlight=False)
     screen.conclude(plan, [f"{name}: {text}" for name, text in plan["cost"].items()])
 
 

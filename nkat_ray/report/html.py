@@ -397,15 +397,21 @@ def load_study(journal: Path) -> Any:
 
 
 def study_importances(study: Any) -> tuple[dict[str, float], int, dict[str, list[tuple[Any, float, bool]]]]:
-    """Importances, the number of completed trials, and each parameter's points (value, objective, complete)."""
+    """Importances, the number of completed trials, and each parameter's points (value, objective, complete).
+
+    Of a study with two objectives the points show the first, Local TPE; the importances are those for both. An earlier
+    run's trials (`--warm_start`) are no points, since the page shows this run's, but they count in the importances.
+    """
     import optuna
 
     points: dict[str, list[tuple[Any, float, bool]]] = {}
     complete = 0
     for trial in study.get_trials(deepcopy=False):
+        if "warm_start" in trial.user_attrs:
+            continue
         done = trial.state == optuna.trial.TrialState.COMPLETE
         score = (
-            trial.value
+            trial.values[0]
             if done
             else trial.intermediate_values.get(trial.last_step)
             if trial.last_step is not None

@@ -121,6 +121,14 @@ def global_tpe_by_model(rows: Rows, trial: int) -> dict[str, float]:
     return {model: result_scores(rows, trial, f"tpe_{model}").global_tpe for model in LAMBDA_MODELS}
 
 
+def feedback_score(rows: Rows, trial: int) -> float:
+    """What Optuna is told of a survivor (`--feedback global`): its validation Global TPE, where a dataset on which it
+    failed counts 0 and one that is missing, for all trials alike, is left out; NaN where nothing counts."""
+    found = of_trial(rows, trial).values()
+    scores = [row["val_tpe"] if counts_on_validation(row) else 0.0 for row in found if row["status"] != "missing"]
+    return math.fsum(scores) / len(scores) if any(scores) else math.nan
+
+
 def rank(rows: Rows, lambdas: Mapping[int, float]) -> list[int]:
     """Survivors, best first: datasets that count, then validation Global TPE, then lower lambda, then lower number.
 

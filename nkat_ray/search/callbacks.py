@@ -10,12 +10,21 @@ import pyarrow.fs
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from nkat_ray.metrics import ATTENTION_ENTROPY, EPOCH, LOCAL_TPE, NKAT_PREFIX, STOP_REASON, TRAIN_LOSS, VAL_ACCURACY
+from nkat_ray.metrics import (
+    ATTENTION_ENTROPY,
+    EPOCH,
+    LAMBDA_THEORY,
+    LOCAL_TPE,
+    NKAT_PREFIX,
+    STOP_REASON,
+    TRAIN_LOSS,
+    VAL_ACCURACY,
+)
 from nkat_ray.search.gate import STOP_DETAIL
 from nkat_ray.search.journal import Journal, TrialRecord
 
 ROW_KEYS = (
-    EPOCH, TRAIN_LOSS, VAL_ACCURACY, LOCAL_TPE, "lr", "images_per_s", "epoch_s", "started_s", "lambda_theory",
+    EPOCH, TRAIN_LOSS, VAL_ACCURACY, LOCAL_TPE, "lr", "images_per_s", "epoch_s", "started_s", LAMBDA_THEORY,
     "node", "gpus", "cpus", "parameters", "nkat_parameters",
 )  # fmt: skip
 
@@ -48,6 +57,8 @@ class JournalCallback(Callback):
         tell: takes a trial that has ended.
         expired: whether Stage 1's time is used up.
         listeners: told last.
+        verdict: how the scheduler words an end of its own.
+        advance: called again and again while Tune goes on.
     """
 
     def __init__(
@@ -60,13 +71,20 @@ class JournalCallback(Callback):
         tell: Callable[[TrialRecord], None],
         expired: Callable[[], bool],
         listeners: Listeners,
+        verdict: str = "is not among the rung's best",
+        advance: Callable[[], None] = _nothing,
     ) -> None:
         self._journal, self._folder, self._gate, self._max_epochs = journal, folder, gate, max_epochs
         self._tell, self._expired, self._listeners = tell, expired, listeners
+        self._verdict, self._advance = verdict, advance
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks; nothing here is restored from one."""
         return {}
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Tune has looked round once more, about ten times a second."""
+        self._advance()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has its slot, for the first time or again."""
@@ -106,6 +124,12 @@ class JournalCallback(Callback):
         """A trial that raised more often than it may be retried."""
         record = self._record(trial)
         if self._write_end(record, "error", None, error=_error_of(trial)):
+            self._tell_end(record)
+        self._tidy(record)
+
+    def end(self, record: TrialRecord, reason: str, detail: str) -> None:
+        """End a trial that an earlier driver left and that does not start again."""
+        if self._write_end(record, reason, detail):
             self._tell_end(record)
         self._tidy(record)
 
@@ -162,7 +186,7 @@ class JournalCallback(Callback):
             return "budget", f"epoch {last}: Stage 1's time is used up"
         if silent:
             return "nan", detail
-        return "asha", f"epoch {last}: Local TPE {score:.4f} is not among the rung's best"
+        return "asha", f"epoch {last}: Local TPE {score:.4f} {self._verdict}"
 
 
 def _best(record: TrialRecord) -> float:

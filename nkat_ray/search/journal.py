@@ -47,10 +47,25 @@ class TrialRecord:
         """The row with the highest Local TPE (the first of equals); None if no score was ever finite."""
         return max(self.finite_rows(), key=lambda row: row[LOCAL_TPE], default=None)
 
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch of the best row: whose weights are kept."""
+        best = self.best_row()
+        return None if best is None else int(best[EPOCH])
+
     def passed(self, gate: float) -> bool:
         """Whether the trial is a survivor: its Local TPE has once reached the gate."""
         best = self.best_row()
         return best is not None and best[LOCAL_TPE] >= gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmTrial:
+    """A trial of an earlier run, as this run's sampler learns from it."""
+
+    name: str  # "<run>/<number>"
+    record: TrialRecord  # its params are those of this run's space
+    score: float | None  # what it is worth if it passes this run's gate
 
 
 @dataclass
@@ -59,10 +74,12 @@ class RunState:
 
     trials: dict[int, TrialRecord] = field(default_factory=dict)
     attempts: list[tuple[float, float]] = field(default_factory=list)  # (start, last sign of life), since 1970
+    warmed: bool = False  # the study knows the trials of --warm_start
     stage1_done: bool = False
     ranked: bool = False  # the survivors' order is fixed: nothing is validated any more
     slots: int | None = None
     stage2: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)  # (trial, dataset) -> validation row
+    stage2_epochs: dict[tuple[int, str], int | None] = field(default_factory=dict)  # epoch of the weights behind it
     tested: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)  # (trial, dataset) -> test row
     notices: list[str] = field(default_factory=list)
 
@@ -79,6 +96,12 @@ class RunState:
     def survivors(self, gate: float) -> list[int]:
         """Numbers of the trials that passed the gate, in order."""
         return sorted(number for number, record in self.trials.items() if record.passed(gate))
+
+    def validated(self, trial: int, epoch: int | None) -> dict[tuple[int, str], dict[str, Any]]:
+        """Stage 2's validation rows of a trial, made with the weights of that epoch (or of one that nobody noted)."""
+        return {
+            key: row for key, row in self.stage2.items() if key[0] == trial and self.stage2_epochs[key] in (None, epoch)
+        }
 
     def apply(self, event: Mapping[str, Any]) -> None:
         """Take one event in. Applying a result twice changes nothing: it is kept by trial and epoch."""
@@ -115,6 +138,9 @@ class RunState:
     def _on_slots(self, event: Mapping[str, Any]) -> None:
         self.slots = event["slots"]
 
+    def _on_warmed(self, event: Mapping[str, Any]) -> None:
+        self.warmed = True
+
     def _on_stage1_done(self, event: Mapping[str, Any]) -> None:
         self.stage1_done = True
 
@@ -122,7 +148,8 @@ class RunState:
         self.ranked = True
 
     def _on_stage2(self, event: Mapping[str, Any]) -> None:
-        self.stage2[event["row"]["trial"], event["row"]["dataset"]] = event["row"]
+        key = event["row"]["trial"], event["row"]["dataset"]
+        self.stage2[key], self.stage2_epochs[key] = event["row"], event.get("epoch")
 
     def _on_tested(self, event: Mapping[str, Any]) -> None:
         self.tested[event["row"]["trial"], event["row"]["dataset"]] = event["row"]

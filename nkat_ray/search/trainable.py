@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 
 from nkat_ray.config import RunConfig
 from nkat_ray.data.selection import Selection
-from nkat_ray.metrics import LOCAL_TPE, lambda_theory, tpe_score
+from nkat_ray.metrics import LAMBDA_THEORY, LOCAL_TPE, lambda_theory, tpe_score
 from nkat_ray.model import count_nkat_parameters, count_parameters, create_nkat_vit
 from nkat_ray.search.callbacks import NOTICES
 from nkat_ray.search.gate import BEST_LOCAL_TPE
@@ -83,7 +83,7 @@ def train_trial(
     best, weights = _continue(trainer, params)
     if params["resume_from"] and trainer.epoch == 0:
         notices.append("none of its checkpoints is whole any more: it begins again")
-    facts = {"node": socket.gethostname(), "gpus": gpus, "cpus": cpus, "lambda_theory": lam}
+    facts = {"node": socket.gethostname(), "gpus": gpus, "cpus": cpus, LAMBDA_THEORY: lam}
     facts["nkat_parameters"] = count_nkat_parameters(trainer.model)
     facts["parameters"] = count_parameters(trainer.model)
     for result in trainer.epochs():

@@ -1,5 +1,6 @@
 """Stage 1 put together: space, searcher, scheduler, gate and trainable in one Tune experiment."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -8,18 +9,22 @@ from typing import Any
 
 from ray import tune
 from ray.actor import ActorHandle
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.execution.placement_groups import PlacementGroupFactory
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.stopper import CombinedStopper
 
 from nkat_ray.config import RunConfig
 from nkat_ray.metrics import EPOCH, LOCAL_TPE
+from nkat_ray.search.budget import SurvivorBudget, budget_detail
 from nkat_ray.search.callbacks import JournalCallback, Listeners
+from nkat_ray.search.feedback import Feedback, Stage2
 from nkat_ray.search.gate import LocalTPEGate
-from nkat_ray.search.journal import Journal, TrialRecord
+from nkat_ray.search.journal import Journal, TrialRecord, WarmTrial
 from nkat_ray.search.projection import GateProjection
 from nkat_ray.search.resources import Cluster, slots, trial_share
-from nkat_ray.search.scheduler import ResumableASHA
-from nkat_ray.search.searcher import GatedOptunaSearch
+from nkat_ray.search.schedulers import VERDICTS, make_scheduler
+from nkat_ray.search.searcher import GatedOptunaSearch, best_local_tpe
 from nkat_ray.search.space import baseline_point, domains, round1_point, trial_config
 from nkat_ray.search.tracking import trackers_of
 from nkat_ray.search.trainable import Stage1Data, memory_for_trial, train_trial
@@ -36,6 +41,8 @@ def tune_stage1(
     folder: Path,
     tune_folder: str,
     listeners: Listeners,
+    warm: Iterable[WarmTrial] = (),
+    stage2: Stage2 | None = None,
     clock: Callable[[], float] = time.time,
 ) -> None:
     """Run Stage 1 to its end, or continue it; everything that happened is in the journal afterwards.
@@ -50,6 +57,8 @@ def tune_stage1(
         folder: the run's local folder.
         tune_folder: where Tune writes, a path or a URI that every node reaches.
         listeners: told what happens.
+        warm: an earlier run's trials, for the sampler to learn from.
+        stage2: validates survivors as they pass (`--feedback global`).
         clock: seconds since 1970.
     """
     left_s = math.inf if run.stage1_hours is None else 3600 * run.stage1_hours - journal.state.earlier_s
@@ -58,33 +67,72 @@ def tune_stage1(
     def expired() -> bool:
         return clock() >= deadline_s
 
+    state = journal.state
+    passed = set(state.survivors(run.gate))
+
+    def enough() -> bool:
+        return run.max_survivors is not None and len(passed) >= run.max_survivors
+
+    def closed() -> bool:
+        return expired() or enough()
+
+    at_a_time = slots(run, cluster)
     space = domains(run, fixed)
     searcher = GatedOptunaSearch(
         space, folder=folder, journal=journal, points=[baseline_point(run, space), round1_point(run, space)[0]],
-        num_samples=run.num_samples, run_seed=run.seed, gate=run.gate, closed=expired,
+        num_samples=run.num_samples, run_seed=run.seed, gate=run.gate, sampler=run.sampler, objective=run.objective,
+        warm=warm, score=best_local_tpe if stage2 is None else stage2.score, closed=closed,
+        held=lambda: feedback is not None and feedback.holds(),
     )  # fmt: skip
-    earlier = journal.state.trials.values()
-    open_trials = run.num_samples - sum(record.ended for record in earlier)
-    attempt = f"attempt_{len(journal.state.attempts):03d}"
-    at_a_time = slots(run, cluster)
+    feedback = None
+    if stage2 is not None:
+        feedback = Feedback(
+            stage2, state=state, gate=run.gate, slots=at_a_time, tell=searcher.tell,
+            exhausted=lambda: len(state.trials) >= run.num_samples or closed(),
+        )  # fmt: skip
+    attempt = f"attempt_{len(state.attempts):03d}"
+    journal.write("warmed")
     journal.write("slots", slots=at_a_time)
+    callback = JournalCallback(
+        journal, folder=f"{tune_folder}/{attempt}", gate=run.gate, max_epochs=run.epochs, expired=expired,
+        tell=feedback.on_end if feedback else searcher.tell,
+        listeners=_with_first(listeners, on_survivor=[passed.add, *([feedback.on_survivor] if feedback else [])],
+                              on_trial_start=[feedback.on_trial_start] if feedback else []),
+        verdict=VERDICTS[run.scheduler], **({"advance": feedback.advance} if feedback else {}),
+    )  # fmt: skip
+    if enough():  # an earlier driver was killed between the last pass and the ends that follow from it
+        for record in [r for r in state.trials.values() if not r.ended and r.trial not in passed]:
+            searcher.forget(record)
+            callback.end(record, "budget", budget_detail(max(record.curve, default=0), len(passed)))
+    earlier = state.trials.values()
+    open_trials = run.num_samples - sum(record.ended for record in earlier)
     if open_trials > 0:
         _fit(
             run, data=data, cluster=cluster, vault=vault, deadline_s=deadline_s, open_trials=open_trials,
             at_a_time=at_a_time, searcher=searcher, tune_folder=tune_folder, attempt=attempt,
-            scheduler=ResumableASHA(
-                max_t=run.epochs, grace_period=run.grace, reduction_factor=run.reduction, earlier=earlier
-            ),
-            gate=gate_of(run, earlier),
-            callback=JournalCallback(
-                journal, folder=f"{tune_folder}/{attempt}", gate=run.gate, max_epochs=run.epochs, tell=searcher.tell,
-                expired=expired, listeners=listeners,
-            ),
-            trackers=trackers_of(run, folder),
+            scheduler=make_scheduler(run, earlier), callback=callback, trackers=trackers_of(run, folder),
+            stoppers=stoppers_of(run, earlier, passed),
         )  # fmt: skip
-    if any(not record.ended for record in earlier) or (len(earlier) < run.num_samples and not expired()):
+    if any(not record.ended for record in earlier) or (len(earlier) < run.num_samples and not closed()):
         raise KeyboardInterrupt  # Tune ends in order on a signal of its own (SIGUSR1): the stage is not over
+    if feedback:
+        feedback.finish()
     journal.write("stage1_done")
+
+
+def _with_first(listeners: Listeners, **before: Iterable[Callable[..., None]]) -> Listeners:
+    """Listeners of which some are told after functions of our own."""
+
+    def chain(functions: Iterable[Callable[..., None]]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            for function in functions:
+                function(*arguments)
+
+        return call
+
+    return dataclasses.replace(
+        listeners, **{name: chain([*first, getattr(listeners, name)]) for name, first in before.items()}
+    )
 
 
 def _fit(
@@ -97,8 +145,8 @@ def _fit(
     open_trials: int,
     at_a_time: int,
     searcher: GatedOptunaSearch,
-    scheduler: ResumableASHA,
-    gate: LocalTPEGate,
+    scheduler: TrialScheduler,
+    stoppers: list[Stopper],
     callback: JournalCallback,
     trackers: list[Callback],
     tune_folder: str,
@@ -119,18 +167,28 @@ def _fit(
             scheduler=scheduler,
             num_samples=open_trials,
             max_concurrent_trials=at_a_time,
-            reuse_actors=True,  # starting a process and importing torch costs more than a short trial
+            # Starting a process and importing torch costs more than a short trial; but a process that waits for the
+            # next one keeps its slot, which Stage 2 may need.
+            reuse_actors=run.feedback == "off",
         ),
         run_config=tune.RunConfig(
             name=attempt,
             storage_path=tune_folder,
-            stop=gate,
+            stop=CombinedStopper(*stoppers),
             callbacks=[callback, *trackers],
             verbose=1 if run.verbose else 0,
             failure_config=tune.FailureConfig(max_failures=run.max_failures),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),  # the one before is used if the last is cut short
         ),
     ).fit()
+
+
+def stoppers_of(run: RunConfig, earlier: Iterable[TrialRecord], passed: Collection[int]) -> list[Stopper]:
+    """What ends a trial at one of its results; the gate first: the next is asked where it lets the trial go on."""
+    stoppers: list[Stopper] = [gate_of(run, earlier)]
+    if run.max_survivors is not None:
+        stoppers.append(SurvivorBudget(run.max_survivors, gate=run.gate, passed=passed))
+    return stoppers
 
 
 def gate_of(run: RunConfig, earlier: Iterable[TrialRecord]) -> LocalTPEGate:

@@ -17,7 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from nkat_ray.config import RunConfig
-from nkat_ray.search import tuner
+from nkat_ray.search import schedulers, tuner
 from nkat_ray.search.callbacks import ROW_KEYS, Listeners
 from nkat_ray.search.journal import JOURNAL_FILE, Journal, RunState, TrialRecord, read_state
 from nkat_ray.search.projection import MIN_FINISHED
@@ -136,7 +136,7 @@ def test_the_journal_says_the_same_afterwards(whole: Whole) -> None:
     assert whole.state.stage1_done
     assert whole.state.slots == 1
     kinds = [event["event"] for event in whole.stage.events()]
-    assert kinds[:4] == ["run", "slots", "proposed", "started"]
+    assert kinds[:5] == ["run", "warmed", "slots", "proposed", "started"]
     assert kinds[-1] == "stage1_done"
     assert kinds.count("proposed") == kinds.count("started") == kinds.count("end") == 3
 
@@ -232,7 +232,7 @@ def test_an_interrupted_stage_goes_on_where_it_was(
         if trial == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuner, "ResumableASHA", Watched)
+    monkeypatch.setattr(schedulers, "ResumableASHA", Watched)
     stage = make(seed=3, grace=2)
     with pytest.raises(KeyboardInterrupt):
         stage.tune(Listeners(on_result=interrupt))
