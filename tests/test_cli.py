@@ -187,7 +187,9 @@ def test_bad_input_leaves_stdout_empty_for_a_script(capsys):
 
 
 def test_what_the_screen_shows_may_change_on_resume(tmp_path, monkeypatch):
-    saved = RunConfig.from_preset("quick", name="r", quiet=True, json=True, log_to="mlflow", resume=True)
+    saved = RunConfig.from_preset(
+        "quick", name="r", storage_path=str(tmp_path), quiet=True, json=True, log_to="mlflow", resume=True
+    )
     monkeypatch.setattr("nkat_ray.prepare.saved_config", lambda *_: (saved, ()))
     seen = []
     monkeypatch.setattr("nkat_ray.run.resume", lambda run, fixed, screen: seen.append(run) or 0)
