@@ -118,8 +118,7 @@ NOT_RUN = {  # test_ecosystem.py runs those of docs/ecosystem.md; docs/cluster.m
     r"nkat doctor": "starts Ray: test_doctor.py does",
     r"python -m uv|python -m pip|python benchmarks/": "installs, or measures for minutes",
 }
-LIGHTER = {  # what a Python block is changed to, so that it takes seconds and no network
-    "DataConfig()": 'DataConfig(data="synthetic")',
+LIGHTER = {  # what a Python block is changed to, so that it takes seconds
     "val_images=5000, train_images=None": "val_images=50, train_images=64",
     "epochs=10, warmup=1": "epochs=1, warmup=0",
 }
@@ -160,7 +159,7 @@ def reader(
             pixels[..., name == "oak"] += 120  # oak leaves are green
             Image.fromarray(pixels).save(tmp_path / "photos/leaves" / name / f"{n}.png")
     for split, n in (("train", 400), ("test", 50)):
-        path = pair_path(tmp_path / "data", "cifar10", split)  # type: ignore[arg-type]
+        path = pair_path(tmp_path / "datasets", "cifar10", split)  # type: ignore[arg-type]
         path.parent.mkdir(exist_ok=True)
         classes = DATASETS["cifar10"].class_names
         write_split(path, Split(*tinted(n)), class_names=classes, source="a test", encoding="png", flip=True)
@@ -176,7 +175,7 @@ def reader(
         save_weights(weights, weights.to_bytes(), tmp_path / name / "best")
     own_space(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NKAT_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("NKAT_DATA_DIR", str(tmp_path / "datasets"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
