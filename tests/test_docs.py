@@ -1,11 +1,14 @@
 """The documents against the code: commands that parse, files that exist, figures and names that are the code's."""
 
 import re
+import runpy
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from nkat_ray import cli
 from nkat_ray.config import PRESETS, RunConfig, TrainConfig
@@ -14,7 +17,8 @@ from nkat_ray.data.spec import KNOWN
 from nkat_ray.report import tables
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+JAPANESE = ROOT / "README.ja.md"
+DOCUMENTS = (ROOT / "README.md", JAPANESE, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
 README, SPEC, DATA = (path.read_text() for path in (ROOT / "README.md", ROOT / "docs/spec.md", ROOT / "docs/data.md"))
 
 
@@ -48,10 +52,20 @@ def commands() -> Iterator[tuple[str, list[str]]]:
                 yield words[1], words[2:]
 
 
+def own_space(folder: Path) -> Path:
+    """The search space that the how-to shows, as the file that its commands name."""
+    (text,) = code_blocks((ROOT / "docs/howto/space.md").read_text(), "toml")
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return path
+
+
 @pytest.fixture
-def parse_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], object]:
+def parse_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, list[str]], object]:
     """Runs a command up to the end of its parsing and returns what was parsed; there is always something to resume."""
     parse, parsed = cli.parse, []
+    own_space(tmp_path)
+    monkeypatch.chdir(tmp_path)
 
     def stop_after_parsing(*args: object, **kwargs: object) -> None:
         parsed.append(parse(*args, **kwargs))  # type: ignore[arg-type]
@@ -91,6 +105,153 @@ def test_the_commands_are_those_of_the_program() -> None:
     assert sorted(listed) == sorted(cli.COMMANDS)
 
 
+# --- commands that are run --------------------------------------------------------------------------------------------
+
+RUN_FOLDER = "runs/quick-20260101-120000"  # the name that the documents take as an example
+DOCUMENTS_RUN = [ROOT / "README.md", ROOT / "docs/tutorial.md", ROOT / "docs/data.md"]
+DOCUMENTS_RUN += sorted([*(ROOT / "docs/concepts").glob("*.md"), *(ROOT / "docs/howto").glob("*.md")])
+NOT_RUN = {  # test_ecosystem.py runs those of docs/ecosystem.md; docs/cluster.md is for machines that are not here
+    r"(python tune_round2\.py|nkat tune)(?!.*--dry_run)": "a search: minutes to days",
+    r"nkat train(?!.*runs/leaves)": "a training: minutes to hours",
+    r"nkat evaluate": "transfers on four datasets: minutes",
+    r"nkat data fetch": "the network",
+    r"nkat doctor": "starts Ray: test_doctor.py does",
+    r"python -m uv|python -m pip|python benchmarks/": "installs, or measures for minutes",
+}
+LIGHTER = {  # what a Python block is changed to, so that it takes seconds
+    "val_images=5000, train_images=None": "val_images=50, train_images=64",
+    "epochs=10, warmup=1": "epochs=1, warmup=0",
+}
+
+
+def steps(document: Path) -> Iterator[tuple[str, str]]:
+    """What a document has its reader do, in order: ("python", a block) or ("bash", a line)."""
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL):
+        yield from [(language, block)] if language == "python" else ((language, line) for line in block.splitlines())
+
+
+def runnable(line: str) -> list[str] | None:
+    """The words of a command that a test can run in a minute; None for any other line."""
+    line = re.sub(r".*&& |\S*\buv run ", "", line)
+    ours = line.startswith(("nkat ", "python tune_round2.py", "python -c"))
+    if not ours or any(re.match(pattern, line) for pattern in NOT_RUN):
+        return None
+    return [str(Path(word).expanduser()) if word.startswith("~") else word for word in shlex.split(line)]
+
+
+@pytest.fixture
+def reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tinted: Callable[..., tuple[np.ndarray, np.ndarray]]
+) -> Path:
+    """A reader's machine: a home with photos, a few images as CIFAR-10, runs that have ended; it is where we stand."""
+    from nkat_ray.config import TrialConfig
+    from nkat_ray.data import Split
+    from nkat_ray.data.parquet import pair_path, write_split
+    from nkat_ray.data.spec import KNOWN as DATASETS
+    from nkat_ray.model import create_nkat_vit
+    from nkat_ray.train.checkpoint import Weights
+    from nkat_ray.train.transfer import save_weights
+
+    for name in ("oak", "maple"):
+        (tmp_path / "photos/leaves" / name).mkdir(parents=True)
+        for n in range(60):
+            pixels = np.random.default_rng(n).integers(0, 100, (40, 30, 3), np.uint8)
+            pixels[..., name == "oak"] += 120  # oak leaves are green
+            Image.fromarray(pixels).save(tmp_path / "photos/leaves" / name / f"{n}.png")
+    for split, n in (("train", 400), ("test", 50)):
+        path = pair_path(tmp_path / "datasets", "cifar10", split)  # type: ignore[arg-type]
+        path.parent.mkdir(exist_ok=True)
+        classes = DATASETS["cifar10"].class_names
+        write_split(path, Split(*tinted(n)), class_names=classes, source="a test", encoding="png", flip=True)
+    build_run = runpy.run_path(str(ROOT / "tests/report/conftest.py"))["build_run"]
+    config = TrialConfig(embed_dim=16, num_heads=2, depth=2, val_images=40)
+    model = create_nkat_vit(config, num_classes=10)
+    weights = Weights(
+        config=config, dataset="cifar10", num_classes=10, grey=False, mean=(0.5,) * 3, std=(0.25,) * 3, epoch=3,
+        val_accuracy=0.25, seed=0, tensors=model.state_dict(),
+    )  # fmt: skip
+    for name in (RUN_FOLDER, "runs/laptop-1", "runs/laptop-2", "runs/first"):
+        build_run(tmp_path / name, journal=True)
+        save_weights(weights, weights.to_bytes(), tmp_path / name / "best")
+    own_space(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NKAT_DATA_DIR", str(tmp_path / "datasets"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS_RUN, ids=lambda path: path.name)
+def test_what_takes_under_a_minute_is_run(
+    document: Path, reader: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for language, text in steps(document):
+        if language == "python":
+            for said, lighter in LIGHTER.items():
+                text = text.replace(said, lighter)
+            exec(compile(text, document.name, "exec"), {})
+            continue
+        words = runnable(text)
+        if words is None:
+            continue
+        if words[:2] == ["python", "-c"]:  # typed in the run's folder
+            with monkeypatch.context() as patch:
+                patch.chdir(reader / RUN_FOLDER)
+                exec(words[2], {})
+        else:
+            name, argv = ("tune", words[2:]) if words[0] == "python" else (words[1], words[2:])
+            assert cli.COMMANDS[name](argv) == 0, text
+        assert capsys.readouterr().out.strip(), text
+
+
+def test_the_commands_that_are_run_are_not_few() -> None:
+    lines = [text for document in DOCUMENTS_RUN for language, text in steps(document) if language == "bash"]
+    run = [words[1] if words[0] == "nkat" else " ".join(words[:2]) for words in map(runnable, lines) if words]
+    assert set(run) == {"simulate", "report", "explain", "data", "train", "python tune_round2.py", "python -c"}
+    assert len(run) >= 25
+    skipped = [line for line in lines if line.startswith(("nkat", "python")) and runnable(line) is None]
+    for pattern in NOT_RUN:
+        assert "install" in NOT_RUN[pattern] or any(re.match(pattern, line) for line in skipped), pattern
+
+
+# --- the other language, the reference --------------------------------------------------------------------------------
+
+
+def shape(text: str) -> list[tuple[str, int]]:
+    """Headings by level and tables by rows, in order."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^(#+) |((?:^\|.*\n)+)", prose, re.MULTILINE)
+    return [("heading", len(marks)) if marks else ("table", table.count("\n")) for marks, table in found]
+
+
+def test_the_japanese_readme_keeps_step() -> None:
+    japanese = JAPANESE.read_text()
+    assert shape(japanese) == shape(README)
+    assert code_blocks(japanese, "bash") == code_blocks(README, "bash")
+    links = [set(re.findall(r"\]\(([^)#:]+)\)", text)) - {"README.md", "README.ja.md"} for text in (japanese, README)]
+    assert links[0] == links[1]
+    first_cells = [re.findall(r"^\| (`[^|]+?`)", text, re.MULTILINE) for text in (japanese, README)]
+    assert [cells.split("` ")[0] for cells in first_cells[0]] == [cells.split("` ")[0] for cells in first_cells[1]]
+    numbers = [re.findall(r"\d\.\d+", re.sub(r"\[.*?\]\(.*?\)", "", text)) for text in (japanese, README)]
+    assert sorted(numbers[0]) == sorted(numbers[1])
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    written = runpy.run_path(str(ROOT / "docs/reference.py"))
+    now = (ROOT / "docs/reference.md").read_text()
+    assert now == written["reference"](), "stale: run `python docs/reference.py`"
+    assert set(written["CONFIGS"]) == set(cli.COMMANDS)
+    for name in ("--space", "--gate", "--top_k", "--images", "--test_fraction", "`alpha`"):
+        assert name in now
+    assert "own_space" not in now
+
+
+def test_the_space_of_the_how_to_is_a_space(tmp_path: Path) -> None:
+    run = RunConfig.from_preset("quick", space=str(own_space(tmp_path)))
+    assert list(run.domains) == ["conv_stem", "embed_dim", "lr", "top_k"]
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +281,16 @@ def test_the_tree_names_every_file_of_the_package_and_none_that_is_not_there() -
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_relative_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
-    assert [link for link in links if not (document.parent / link).exists()] == []
+    assert [link for link in links if not (document.parent / link).exists()] == []  # pictures too
+
+
+def test_the_readme_shows_pictures_that_are_pictures() -> None:
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert shown
+    for name in shown:
+        with Image.open(ROOT / name) as picture:
+            assert picture.width >= 400
+        assert (ROOT / name).stat().st_size < 600_000
 
 
 # --- figures and names ------------------------------------------------------------------------------------------------

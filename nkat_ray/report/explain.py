@@ -350,8 +350,8 @@ def _scalars(found: Explanation, page: Page) -> list[str]:
     return [
         note,
         "<h3>Over the blocks</h3>",
-        f'<div class="pair"><div><h3>alpha and beta</h3>{page.chart(modulation, "alpha and beta by block")}</div>'
-        f"<div><h3>Residual scalars</h3>{page.chart(gains, 'Residual scalars by block')}</div></div>",
+        f'<div class="pair"><div><h4>alpha and beta</h4>{page.chart(modulation, "alpha and beta by block")}</div>'
+        f"<div><h4>Residual scalars</h4>{page.chart(gains, 'Residual scalars by block')}</div></div>",
         *_gauge(found, page),
     ]
 
