@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import optuna
 from ray.tune.search.optuna import OptunaSearch
+from simulator import mean_interval
 
 from nkat_ray.config import Choice
 from nkat_ray.metrics import EPOCH, LOCAL_TPE, STOP_REASON
@@ -123,11 +124,8 @@ def search(name: str, seed: int, table: Mapping[str, float], gate: float) -> dic
 
 
 def interval(values: list[float]) -> str:
-    """Mean and 95 % interval (Student's t)."""
-    from scipy.stats import t
-
-    mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.2f} +- {t.ppf(0.975, len(values) - 1) * error:.2f} (s.e. {error:.2f})"
+    mean, half, error = mean_interval(values)
+    return f"{mean:.2f} +- {half:.2f} (s.e. {error:.2f})"
 
 
 def main() -> None:
