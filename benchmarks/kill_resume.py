@@ -1,11 +1,13 @@
-"""Is anything lost when the driver is killed? Quick runs, each killed (SIGKILL) at a random moment and resumed.
+"""Is anything lost when the driver is killed? Quick runs, killed (SIGKILL) at random moments and resumed.
 
     python benchmarks/kill_resume.py --kills 10
 
-Each run is a short `--preset quick` on generated images, of the same seed. What the files held before the kill is
-compared with what they hold after the resume: trials that had ended, their stop reasons and curves, ASHA's rungs,
-Optuna's study, the survivors; no trial may end twice, and no epoch that was in the journal may be trained again. A table
-of what was found goes to standard output; the exit code is 1 if anything differed.
+A run is a short `--preset quick` on generated images. Its driver is killed a random number of journal events and a
+random part of a second after it has begun to write, and resumed, until the run ends; then the next run begins, until
+there were as many kills as asked for and the last run has ended. What the files held at each kill is compared with what
+they hold at the next and at the run's end: trials that had ended, their stop reasons and curves, ASHA's rungs, Optuna's
+study, the survivors; no trial may end twice, and no epoch that was in the journal may be trained again. A table of what
+was found goes to standard output; the exit code is 1 if anything differed.
 """
 
 import argparse
@@ -30,9 +32,10 @@ from nkat_ray.search.scheduler import ResumableASHA
 from nkat_ray.search.searcher import STUDY_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
+TRIALS, GATE = 6, 0.12
 FLAGS = (
-    "--preset quick --data synthetic --embed_dim 16 --depth 1 --num_samples 6 --epochs 3 --grace 1 --warmup 0 "
-    "--gate 0.12 --train_images 600 --val_images 200 --transfer_images 300 --test_images 200 --transfer_epochs 1 "
+    f"--preset quick --data synthetic --embed_dim 16 --depth 1 --num_samples {TRIALS} --epochs 3 --grace 1 --warmup 0 "
+    f"--gate {GATE} --train_images 600 --val_images 200 --transfer_images 300 --test_images 200 --transfer_epochs 1 "
     "--max_concurrent 1"
 ).split()
 
@@ -44,7 +47,7 @@ def launch(folder: Path, *flags: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str], timeout_s: float) -> int:
     output, _ = process.communicate(timeout=timeout_s)
-    if process.returncode:
+    if process.returncode > 0:
         print(output[-2000:], file=sys.stderr)
     return process.returncode
 
@@ -79,83 +82,99 @@ def subset(before: Any, after: Any) -> bool:
     return nan or bool(before == after)
 
 
-def faults(folder: Path, before: dict[str, Any], code: int, trials: int) -> list[str]:
-    """What a resumed run lost, repeated or changed; empty if nothing."""
-    found = [] if code == 0 else [f"exit code {code}"]
-    state, seen = read_state(folder), events(folder)
-    ends = Counter(event["trial"] for event in seen if event["event"] == "end")
-    epochs = Counter((event["trial"], event["row"]["epoch"]) for event in seen if event["event"] == "result")
-    stage2 = Counter(
-        (event["event"], event["row"]["trial"], event["row"]["dataset"])
-        for event in seen
-        if event["event"] in ("stage2", "tested")
-    )
-    if ends != Counter(range(trials)):
-        found.append(f"ends {dict(ends)}")
-    for name, counted in (("epochs", epochs), ("Stage 2 rows", stage2)):
-        if repeated := [key for key, n in counted.items() if n > 1]:
+def faults(folder: Path, before: dict[str, Any]) -> list[str]:
+    """What was lost, repeated or changed since a snapshot; empty if nothing."""
+    after, seen = snapshot(folder), events(folder)
+    found = [
+        f"{name} changed" for name in ("reasons", "curves", "rungs", "study") if not subset(before[name], after[name])
+    ]
+    found += [] if set(before["survivors"]) <= set(after["survivors"]) else ["survivors lost"]
+    counted = {
+        "ends": Counter(event["trial"] for event in seen if event["event"] == "end"),
+        "epochs": Counter((event["trial"], event["row"]["epoch"]) for event in seen if event["event"] == "result"),
+        "Stage 2 rows": Counter(
+            (event["event"], event["row"]["trial"], event["row"]["dataset"])
+            for event in seen
+            if event["event"] in ("stage2", "tested")
+        ),
+    }
+    for name, counter in counted.items():
+        if repeated := [key for key, n in counter.items() if n > 1]:
             found.append(f"{name} twice: {repeated}")
-    reasons = {number: record.stop_reason for number, record in state.trials.items()}
-    curves = {number: record.curve for number, record in state.trials.items()}
-    after = {"reasons": reasons, "curves": curves, "rungs": rungs(folder), "study": told(folder)}
-    found += [f"{name} changed" for name, value in after.items() if not subset(before[name], value)]
-    if not set(before["survivors"]) <= set(state.survivors(0.12)):
-        found.append("survivors lost")
-    rows = {row["trial"]: row["stop_reason"] for row in read_trials(folder / "trials.parquet")}
-    if rows != reasons:
+    return found
+
+
+def faults_at_the_end(folder: Path, code: int) -> list[str]:
+    """What a run that has ended lacks; empty if nothing."""
+    found = [] if code == 0 else [f"exit code {code}"]
+    reasons = snapshot(folder)["reasons"]
+    if sorted(reasons) != list(range(TRIALS)):
+        found.append(f"ended: {sorted(reasons)}")
+    if {row["trial"]: row["stop_reason"] for row in read_trials(folder / "trials.parquet")} != reasons:
         found.append("trials.parquet differs from the journal")
-    if any(trial.state.name == "RUNNING" for trial in load_study(folder / STUDY_FILE).get_trials()):
+    if any(not trial.state.is_finished() for trial in load_study(folder / STUDY_FILE).get_trials()):
         found.append("a trial of the study runs for ever")
     return found
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
+    """What must not be lost."""
     state = read_state(folder)
     return {
         "reasons": {number: record.stop_reason for number, record in state.trials.items() if record.ended},
         "curves": {number: dict(record.curve) for number, record in state.trials.items()},
-        "rungs": rungs(folder), "study": told(folder), "survivors": state.survivors(0.12),
+        "rungs": rungs(folder), "study": told(folder), "survivors": state.survivors(GATE),
     }  # fmt: skip
+
+
+def until(process: subprocess.Popen[str], folder: Path, count: int, extra_s: float) -> bool:
+    """Wait for so many events, and a little longer; False if the driver ended before."""
+    while process.poll() is None and len(events(folder)) < count:
+        time.sleep(0.2)
+    end = time.monotonic() + extra_s
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    return process.poll() is None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--timeout_s", type=float, default=900, help="for one run")
+    parser.add_argument("--timeout_s", type=float, default=1800, help="for the last stretch of a run")
     parser.add_argument("--flags", default="", help="more flags for the runs, e.g. '--feedback global'")
     options = parser.parse_args()
-    more = options.flags.split()
-    trials = int(FLAGS[FLAGS.index("--num_samples") + 1])
-    draw = random.Random(options.seed)
+    draw, kills, bad, runs = random.Random(options.seed), 0, 0, 0
+    print("| kill | run | events | the last one | stage | trials ended | faults since the kill before |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="nkat-kill-") as place:
-        clock = time.monotonic()
-        code = finish(launch(Path(place) / "whole", *FLAGS, *more), options.timeout_s)
-        whole = events(Path(place) / "whole" / "r")
-        assert code == 0, f"the undisturbed run ended with {code}"
-        print(f"undisturbed: {time.monotonic() - clock:.0f} s, {len(whole)} events in its journal\n")
-        print("| kill | event of the journal | stage | ended before | ended after | faults |")
-        print("|---|---|---|---|---|---|")
-        bad = 0
-        for kill in range(options.kills):
-            folder = Path(place) / f"kill{kill}" / "r"
-            at = draw.randrange(1, len(whole))  # an event of the journal, then up to 2 s on
-            process = launch(folder.parent, *FLAGS, *more)
-            while len(events(folder)) < at and process.poll() is None:
-                time.sleep(0.1)
-            time.sleep(draw.uniform(0, 2))
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
-            before, seen = snapshot(folder), events(folder)
-            code = finish(launch(folder.parent, "--resume"), options.timeout_s)
-            found = faults(folder, before, code, trials)
-            stage = "Stage 2" if any(event["event"] == "stage1_done" for event in seen) else "Stage 1"
-            ended = len(before["reasons"])
-            print(f"| {kill + 1} | {len(seen)}, {seen[-1]['event']} | {stage} | {ended} | all {trials} | ", end="")
-            print(f"{'; '.join(found) or 'none'} |", flush=True)
-            bad += bool(found)
-    print(f"\n{options.kills - bad} of {options.kills} without a fault")
+        while kills < options.kills:
+            runs += 1
+            folder, before, flags = Path(place) / f"{runs}" / "r", None, [*FLAGS, *options.flags.split()]
+            while True:
+                process = launch(folder.parent, *flags)
+                flags = ["--resume"]
+                alive = kills < options.kills and until(
+                    process, folder, len(events(folder)) + draw.randint(2, 14), draw.uniform(0, 1)
+                )
+                if alive:
+                    os.kill(process.pid, signal.SIGKILL)
+                code = finish(process, options.timeout_s)
+                found = faults(folder, before) if before else []
+                if not alive:
+                    found += faults_at_the_end(folder, code)
+                before, seen = snapshot(folder), events(folder)
+                stage = "Stage 2" if any(event["event"] == "stage1_done" for event in seen) else "Stage 1"
+                kills, bad = kills + alive, bad + bool(found)
+                where = (
+                    f"{kills} | {runs} | {len(seen)} | {seen[-1]['event']} | {stage}"
+                    if alive
+                    else (f"the run's end | {runs} | {len(seen)} | {seen[-1]['event']} | {stage}")
+                )
+                print(f"| {where} | {len(before['reasons'])} of {TRIALS} | {'; '.join(found) or 'none'} |", flush=True)
+                if not alive:
+                    break
+    print(f"\n{kills} kills of {runs} runs, {bad} with a fault")
     return int(bad > 0)
 
 
