@@ -13,6 +13,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from nkat_ray.report.html import load_study
+
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[1]
@@ -139,10 +141,11 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(kind, whole, tmp_path
     assert enqueued == first[:2]
 
 
-def test_an_interrupt_leaves_a_run_that_resume_continues(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_a_run_that_resume_continues(number, tmp_path):
     process = launch(tmp_path, "--gate", "0.12")
     wait_for(tmp_path, "end", 1, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     code, output = finish(process, timeout=120)
     assert code == 130, output
     assert "--resume --name r" in output
@@ -154,6 +157,53 @@ def test_an_interrupt_leaves_a_run_that_resume_continues(tmp_path):
     assert code == 0, output
     assert sorted(ended(tmp_path)) == list(range(5))
     assert ended(tmp_path)[: len(before)] == before
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_feedback_tells_optuna_global_tpe_before_any_test_image_is_read(killed, tmp_path):
+    flags = ["--gate", "0.12", "--num_samples", "3", "--feedback", "global"]
+    process = launch(tmp_path, *flags)
+    if killed:  # amid the validation of the first survivor
+        wait_for(tmp_path, "stage2", 2, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process = launch(tmp_path, resume=True)
+    code, output = finish(process)
+    assert code == 0, output
+    kinds = [event["event"] for event in events(tmp_path)]
+    first, done = kinds.index("stage2"), kinds.index("stage1_done")
+    assert first < kinds.index("proposed", kinds.index("proposed") + 1) < done  # told before the second trial
+    assert "stage2" not in kinds[done:]  # nothing is validated again
+    assert kinds.index("ranked") < kinds.index("tested")
+    rows = pq.read_table(tmp_path / "r" / "stage2.parquet").to_pylist()
+    survivors = json.loads((tmp_path / "r" / "summary.json").read_text())["survivors"]
+    assert len(rows) == 4 * len(survivors) > 0
+    told = {t.user_attrs["trial"]: t for t in load_study(tmp_path / "r" / "optuna_journal.log").trials}
+    for trial in survivors:
+        mine = [row["val_tpe"] or 0.0 for row in rows if row["trial"] == trial]
+        assert told[trial].value == pytest.approx(sum(mine) / 4)
+        assert told[trial].constraints["gate"] <= 0
+    assert all(trial.state.is_finished() for trial in told.values())
+
+
+def test_enough_survivors_close_stage_1_and_an_earlier_run_warms_up_the_next(tmp_path):
+    more = ["--scheduler", "median", "--sampler", "nsga2", "--objective", "local_tpe,lambda"]
+    code, output = finish(launch(tmp_path, "--gate", "0.05", "--max_survivors", "2", *more))
+    assert code == 0, output
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert len(summary["survivors"]) == 2
+    assert summary["n_trials"] == 2  # of five: nothing started afterwards
+    front = load_study(tmp_path / "r" / "optuna_journal.log").best_trials
+    assert {trial.user_attrs["trial"] for trial in front} <= set(summary["survivors"])
+    assert front
+    next_run = [*TINY, "--gate", "0.05", "--storage_path", tmp_path, "--name", "next", "--warm_start", "r"]
+    command = [sys.executable, ROOT / "tune_round2.py", *next_run, "--num_samples", "1", "--scheduler", "hyperband"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout
+    assert "warm start: 2 of 2 trials of r were taken" in " ".join(done.stdout.split())
+    assert pq.read_table(tmp_path / "next" / "trials.parquet").num_rows == 1
+    study = load_study(tmp_path / "next" / "optuna_journal.log")
+    assert [trial.user_attrs.get("warm_start") for trial in study.trials] == ["r/0", "r/1", None]
 
 
 def test_a_run_that_another_driver_holds_is_refused(tmp_path):

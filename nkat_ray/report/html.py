@@ -367,15 +367,17 @@ def _importance(run: Run, page: Page) -> list[str]:
             f'<p class="soft">Optuna\'s own importances (PED-ANOVA) from {complete} completed trials'
             f"{': too few to trust' if complete < 20 else ''}.</p>"
         )
+    fed_back = run.config.get("feedback") == "global"
+    score = "Score" if fed_back else "Local TPE"
     shown = [name for name in (values or points) if name in points][:SLICES_SHOWN]
     slices = [
-        page.chart(charts.slice_of(name, points[name], _choices(run, name)), f"Local TPE against {name}")
+        page.chart(charts.slice_of(name, points[name], _choices(run, name)), f"{score} against {name}")
         for name in shown
     ]
     parts.append(f'<div class="many">{"".join(f"<div>{item}</div>" for item in slices)}</div>')
     parts.append(
-        '<p class="soft">Local TPE of each trial against one parameter. A hollow mark is a trial that was stopped '
-        "early: its last value.</p>"
+        f'<p class="soft">{score} of each trial against one parameter. A hollow mark is a trial that was stopped '
+        f"early: its last {'Local TPE; a full one shows Global TPE on validation' if fed_back else 'value'}.</p>"
     )
     return parts
 

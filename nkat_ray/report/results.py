@@ -122,10 +122,16 @@ def global_tpe_by_model(rows: Rows, trial: int) -> dict[str, float]:
 
 
 def feedback_score(rows: Rows, trial: int) -> float:
-    """What Optuna is told of a survivor (`--feedback global`): its validation Global TPE, where a dataset on which it
-    failed counts 0 and one that is missing, for all trials alike, is left out; NaN where nothing counts."""
-    found = of_trial(rows, trial).values()
-    scores = [row["val_tpe"] if counts_on_validation(row) else 0.0 for row in found if row["status"] != "missing"]
+    """What Optuna is told of a survivor (`--feedback global`): its validation Global TPE.
+
+    A dataset at or below chance counts 0, so that losing the worst is no gain; one that is missing, for all trials
+    alike, is left out. NaN where nothing counts, or where a worker's fault left no accuracy: that says nothing of the
+    trial.
+    """
+    found = [row for row in of_trial(rows, trial).values() if row["status"] != "missing"]
+    if not all(_present(row, "val_accuracy") for row in found):
+        return math.nan
+    scores = [row["val_tpe"] if counts_on_validation(row) else 0.0 for row in found]
     return math.fsum(scores) / len(scores) if any(scores) else math.nan
 
 

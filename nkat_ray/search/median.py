@@ -35,7 +35,6 @@ class ResumableMedian(MedianStoppingRule):
                 raise ValueError(f"{name} is {value}; allowed: >= 1")
         super().__init__(
             time_attr=EPOCH, metric=LOCAL_TPE, mode="max", grace_period=grace_period, min_samples_required=min_samples,
-            min_time_slice=10**9,  # epochs before a trial makes way for another: never
         )  # fmt: skip
         for record in earlier:
             if rows := record.finite_rows():
@@ -58,6 +57,10 @@ class ResumableMedian(MedianStoppingRule):
         """The trial is over; its last score counts if it is finite and was not seen before."""
         if self._is_new(trial, result):
             super().on_trial_complete(tune_controller, trial, result)
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Trial, time: float) -> str:
+        """With too few others a trial goes on. Ray's rule would pause it where another waits for a slot."""
+        return str(TrialScheduler.CONTINUE)
 
     def _is_new(self, trial: Trial, result: dict[str, Any]) -> bool:
         score, seen = result.get(LOCAL_TPE), self._results.get(trial)

@@ -9,7 +9,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 
 from nkat_ray.cli import parse
 from nkat_ray.config import TrainConfig, TrialConfig
@@ -213,3 +215,23 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="at least two runs"):
         compare(tmp_path, out=tmp_path / "x.html")
+
+
+# --- studies of other kinds -------------------------------------------------------------------------------------------
+
+
+def test_a_study_of_two_objectives_shows_the_first_and_an_earlier_runs_trials_are_no_points() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=0))
+    for number in range(12):
+        trial = study.ask({"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)})
+        if number < 2:
+            trial.set_user_attr("warm_start", f"round1/{number}")
+        if number == 11:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(trial, [trial.params["x"], 20.0 + trial.params["y"]])
+    values, complete, points = study_importances(study)
+    assert set(values) == {"x", "y"}
+    assert complete == 9
+    assert points["x"] == [(t.params["x"], t.values[0], True) for t in study.trials[2:11]]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from nkat_ray.metrics import STAGE2_DATASETS
 from nkat_ray.report import results, tables
 
 ALL = {"mnist": 0.99, "fashion_mnist": 0.90, "emnist_letters": 0.85, "cifar10": 0.70}
@@ -154,3 +155,29 @@ def test_generated_images_cannot_reach_the_target(stage2_rows: Rows) -> None:
     found = results.verdict_of(summary | {"data": {"mnist": {"source": "synthetic suite 1"}}}, rows)
     assert found.status == "undecided"
     assert "generated MNIST" in found.sentence
+
+
+# --- what Optuna is told ----------------------------------------------------------------------------------------------
+
+
+def told(**datasets: tuple[str, float | None, float | None]) -> float:
+    """`feedback_score` of trial 1, with (status, val_accuracy, val_tpe) of each dataset; trial 2 lies beside it."""
+    rows = [
+        {"trial": 1, "dataset": name, "classes": 10, "status": status, "val_accuracy": accuracy, "val_tpe": tpe}
+        for name, (status, accuracy, tpe) in datasets.items()
+    ]
+    rows += [{**row, "trial": 2, "val_tpe": 0.99, "val_accuracy": 0.9} for row in rows]
+    return results.feedback_score(rows, 1)
+
+
+def test_optuna_is_told_the_mean_over_the_datasets() -> None:
+    four = {name: ("ok", 0.5, tpe) for name, tpe in zip(STAGE2_DATASETS, (0.1, 0.2, 0.3, 0.8), strict=True)}
+    assert told(**four) == pytest.approx(0.35)
+    missing = {**four, "mnist": ("missing", None, None)}
+    assert told(**missing) == pytest.approx((0.2 + 0.3 + 0.8) / 3)
+    at_chance = {**four, "cifar10": ("failed", 0.1, None)}
+    assert told(**at_chance) == pytest.approx((0.1 + 0.2 + 0.3) / 4)
+    assert math.isnan(told(**{**four, "mnist": ("failed", None, None)}))  # a worker died
+    assert math.isnan(told(mnist=("failed", 0.1, None)))
+    assert math.isnan(told(mnist=("missing", None, None)))
+    assert math.isnan(told())

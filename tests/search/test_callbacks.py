@@ -325,3 +325,42 @@ def test_a_survivors_checkpoints_stay_and_the_others_go(stage: Stage, tmp_path: 
 
 def test_it_pickles_as_nothing(stage: Stage) -> None:
     assert stage.callback.__getstate__() == {}
+
+
+# --- other schedulers, ends without a start, the loop's beat ----------------------------------------------------------
+
+
+def stage_with(folder: Path, **options: Any) -> Stage:
+    stage = Stage(folder)
+    given = stage.callback
+    stage.callback = JournalCallback(
+        stage.journal, folder="/tune/attempt_001", gate=0.6, max_epochs=4, tell=given._tell, expired=lambda: False,
+        listeners=given._listeners, **options,
+    )  # fmt: skip
+    return stage
+
+
+def test_an_end_of_the_scheduler_is_in_its_own_words(tmp_path: Path) -> None:
+    stage = stage_with(tmp_path, verdict="is below the median")
+    trial = FakeTrial(0)
+    stage.result(trial, 2, 0.3, done=True)
+    assert stage.record(trial).stop_reason == "asha"
+    assert stage.record(trial).stop_detail == "epoch 2: Local TPE 0.3000 is below the median"
+
+
+def test_every_step_of_tune_advances_what_waits(tmp_path: Path) -> None:
+    steps: list[int] = []
+    stage = stage_with(tmp_path, advance=lambda: steps.append(1))
+    for iteration in range(3):
+        stage.callback.on_step_end(iteration, [])
+    assert len(steps) == 3
+
+
+def test_a_trial_that_does_not_start_again_is_ended_once_and_everybody_is_told(stage: Stage) -> None:
+    trial = FakeTrial(0)
+    stage.result(trial, 1, 0.3)
+    record = stage.record(trial)
+    for _ in range(2):
+        stage.callback.end(record, "budget", "enough")
+    assert (record.stop_reason, record.stop_detail) == ("budget", "enough")
+    assert stage.heard.names == ["on_result", "tell", "on_trial_end"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nkat_ray.search import journal as journal_module
-from nkat_ray.search.journal import JOURNAL_FILE, Journal, RunState, read_state
+from nkat_ray.search.journal import JOURNAL_FILE, Journal, RunState, TrialRecord, read_state
 
 
 class Clock:
@@ -201,3 +201,21 @@ def test_survivors_are_those_whose_best_reaches_the_gate(tmp_path: Path) -> None
 def test_an_event_of_a_later_version_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / JOURNAL_FILE).write_text('{"event": "unheard_of", "time_s": 1.0, "x": 2}\n')
     assert same(Journal(tmp_path).state, RunState())
+
+
+def test_the_best_epoch_is_the_first_of_the_best_and_none_without_a_finite_score() -> None:
+    def curve(*scores: float) -> TrialRecord:
+        rows = {e: {"epoch": e, "local_tpe": score} for e, score in enumerate(scores, start=1)}
+        return TrialRecord(0, {}, 0, 0, curve=rows)
+
+    assert curve(0.1, 0.5, 0.5, 0.2).best_epoch == 2
+    assert curve(math.nan).best_epoch is None
+    assert curve().best_epoch is None
+
+
+def test_that_the_study_knows_an_earlier_run_is_remembered(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    assert not journal.state.warmed
+    journal.write("warmed")
+    journal.close()
+    assert Journal(tmp_path).state.warmed

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from nkat_ray.config import SPACES, Choice, Domain, Span
-from nkat_ray.search.journal import Journal
+from nkat_ray.search.journal import Journal, TrialRecord, WarmTrial
 from nkat_ray.search.searcher import GATE_CONSTRAINT, STUDY_FILE, STUDY_NAME, GatedOptunaSearch, trial_seed
 
 ROUND2 = SPACES["round2"]
@@ -444,3 +444,173 @@ def test_the_sampler_prefers_what_passes_the_gate(driver: Callable[..., Driver])
         run.end(proposal["trial"], "finished" if passes else "gate")
     late = [record.params["x"] for record in list(run.journal.state.trials.values())[25:]]
     assert np.mean([x < 0.3 for x in late]) > 0.6
+
+
+# --- two objectives ---------------------------------------------------------------------------------------------------
+
+BOTH = "local_tpe,lambda"
+
+
+def whole_trial(run: Driver, scores: list[float], reason: str, lam: float) -> FrozenTrial:
+    trial = run.suggest()["trial"]
+    for epoch, score in enumerate(scores, start=1):
+        row = {"epoch": epoch, "local_tpe": score, "val_accuracy": score, "lambda_theory": lam}
+        run.journal.write("result", trial=trial, row=row, checkpoint=None)
+    run.end(trial, reason)
+    return run.trials()[trial]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "nsga2"])
+def test_two_objectives_draw_a_front_of_what_passed(driver: Callable[..., Driver], sampler: str) -> None:
+    run = driver(objective=BOTH, sampler=sampler)
+    assert run.searcher.metric == ["local_tpe", "lambda_theory"]
+    assert run.searcher.mode == ["max", "min"]
+    ends = [
+        ([0.5, 0.8, 0.7], "finished", 24.0, COMPLETE, [0.8, 24.0]),
+        ([0.65], "asha", 20.0, COMPLETE, [0.65, 20.0]),
+        ([0.7], "finished", 22.0, COMPLETE, [0.7, 22.0]),
+        ([0.66], "finished", 23.0, COMPLETE, [0.66, 23.0]),  # beaten in both
+        ([0.3, 0.5], "gate", 10.0, PRUNED, None),
+        ([0.3], "asha", 5.0, PRUNED, None),
+        ([NAN], "nan", 20.0, FAIL, None),
+        ([0.9], "error", 20.0, FAIL, None),
+    ]
+    for scores, reason, lam, state, values in ends:
+        frozen = whole_trial(run, scores, reason, lam)
+        assert (frozen.state, frozen.values, frozen.intermediate_values) == (state, values, {})
+    assert run.trials()[4].constraints[GATE_CONSTRAINT] == pytest.approx(0.1)
+    assert GATE_CONSTRAINT not in run.trials()[5].constraints
+    assert [trial.number for trial in run.searcher.study.best_trials] == [0, 1, 2]
+    for _ in range(4):  # past every sampler's random start
+        whole_trial(run, [0.61], "finished", 21.0)
+    assert [d.name for d in driver(objective=BOTH, sampler=sampler).searcher.study.directions] == [
+        "MAXIMIZE",
+        "MINIMIZE",
+    ]
+
+
+def test_two_objectives_of_a_space_of_nothing(driver: Callable[..., Driver]) -> None:
+    run = driver(space={}, points=({}, {}), objective=BOTH)
+    assert whole_trial(run, [0.7], "finished", 20.0).values == [0.7, 20.0]
+
+
+@pytest.mark.parametrize("sampler", ["random", "gp", "nsga2"])
+def test_every_sampler_searches_and_goes_on_after_a_restart(driver: Callable[..., Driver], sampler: str) -> None:
+    first = whole_search(driver("a", sampler=sampler, run_seed=3), 11)
+    assert first == whole_search(driver("b", sampler=sampler, run_seed=3), 11)
+    after = whole_search(driver("a", sampler=sampler, run_seed=3), 2)
+    drawn = [tuple(p[name] for name in ROUND2) for p in first + after]
+    assert len(set(drawn)) == 13
+
+
+# --- what is told later, and holding back -----------------------------------------------------------------------------
+
+
+def test_a_survivor_is_told_once_its_score_is_known_and_only_then(driver: Callable[..., Driver]) -> None:
+    known: dict[int, float] = {}
+    run = driver(score=lambda record: known.get(record.trial))
+    for scores, reason in (([0.7], "finished"), ([0.8], "asha"), ([0.3], "gate"), ([0.9], "nan")):
+        trial = run.suggest()["trial"]
+        run.report(trial, scores)
+        run.end(trial, reason)
+    assert [trial.state for trial in run.trials()] == [RUNNING, RUNNING, PRUNED, FAIL]
+    known.update({0: 0.41, 1: NAN})
+    for record in run.journal.state.trials.values():
+        run.searcher.tell(record)
+    assert [(trial.state, trial.value) for trial in run.trials()[:2]] == [(COMPLETE, 0.41), (FAIL, None)]
+    assert run.trials()[0].constraints[GATE_CONSTRAINT] == pytest.approx(-0.1)  # of Local TPE, as ever
+
+
+def test_an_untold_survivor_is_told_by_the_next_driver(driver: Callable[..., Driver]) -> None:
+    before = driver(score=lambda _: None)
+    before.run([0.7])
+    assert before.trials()[0].state is RUNNING
+    (frozen,) = driver(score=lambda _: 0.43).trials()
+    assert (frozen.state, frozen.value) == (COMPLETE, 0.43)
+
+
+def test_held_proposes_nothing_for_now_but_continues_what_was_begun(driver: Callable[..., Driver]) -> None:
+    held = [False]
+    first = driver(held=lambda: held[0], num_samples=3)
+    first.suggest()
+    held[0] = True
+    assert first.searcher.suggest("x") is None
+    after = driver(held=lambda: held[0], num_samples=3)
+    assert after.suggest()["trial"] == 0  # it has its slot from before
+    assert after.searcher.suggest("x") is None
+    held[0] = False
+    assert [after.suggest()["trial"] for _ in range(2)] == [1, 2]
+    held[0] = True
+    assert after.searcher.suggest("x") == Searcher.FINISHED  # nothing is left to hold back
+
+
+# --- warm start -------------------------------------------------------------------------------------------------------
+
+
+def warm(number: int, scores: list[float], reason: str, worth: float | None = None, **params: Any) -> WarmTrial:
+    curve = {e: {"epoch": e, "local_tpe": s, "lambda_theory": 20.0} for e, s in enumerate(scores, start=1)}
+    record = TrialRecord(number, {**POINTS[0], **params}, 1, -1, curve=curve, stop_reason=reason)
+    return WarmTrial(name=f"round1/{number}", record=record, score=max(scores) if worth is None else worth)
+
+
+WARM = [
+    warm(0, [0.5, 0.7], "finished", depth=6),
+    warm(1, [0.3, 0.4], "gate", depth=8),
+    warm(2, [0.2], "asha", depth=9),
+    warm(3, [0.7], "nan"),
+]
+
+
+def test_an_earlier_runs_trials_are_told_by_this_runs_gate_and_are_none_of_its_own(
+    driver: Callable[..., Driver],
+) -> None:
+    run = driver(warm=WARM)
+    told = run.trials()
+    assert [trial.user_attrs["warm_start"] for trial in told] == ["round1/0", "round1/1", "round1/2"]
+    assert [(trial.state, trial.value) for trial in told] == [(COMPLETE, 0.7), (PRUNED, 0.4), (PRUNED, 0.2)]
+    assert [trial.constraints.get(GATE_CONSTRAINT) for trial in told] == [pytest.approx(-0.1), pytest.approx(0.2), None]
+    assert told[0].intermediate_values == {1: 0.5, 2: 0.7}
+    assert run.journal.state.trials == {}
+    assert run.suggest()["trial"] == 0
+    assert run.journal.state.trials[0].study_number == 3
+
+
+def test_they_are_told_once_even_if_a_driver_was_killed_halfway(driver: Callable[..., Driver]) -> None:
+    driver(warm=WARM[:1])
+    again = driver(warm=WARM)
+    assert [trial.user_attrs["warm_start"] for trial in again.trials()] == ["round1/0", "round1/1", "round1/2"]
+    assert len(driver(warm=WARM).trials()) == 3
+
+
+def test_a_stricter_gate_makes_an_earlier_survivor_infeasible(driver: Callable[..., Driver]) -> None:
+    (frozen,) = driver(warm=WARM[:1], gate=0.9).trials()
+    assert frozen.constraints[GATE_CONSTRAINT] == pytest.approx(0.2)
+
+
+def test_what_an_earlier_survivor_is_worth_may_be_global_tpe(driver: Callable[..., Driver]) -> None:
+    assert driver(warm=[warm(0, [0.7], "finished", 0.44)]).trials()[0].value == 0.44
+
+
+def test_two_objectives_take_an_earlier_run_too(driver: Callable[..., Driver]) -> None:
+    told = driver(warm=WARM, objective=BOTH).trials()
+    assert [(trial.state, trial.values) for trial in told] == [(COMPLETE, [0.7, 20.0]), (PRUNED, None), (PRUNED, None)]
+
+
+def test_what_only_an_earlier_run_has_had_is_tried_again(driver: Callable[..., Driver]) -> None:
+    run = driver(warm=WARM, points=(POINTS[1],))
+    run.suggest()
+    run.searcher.study.enqueue_trial(WARM[0].record.params)
+    assert run.params() == WARM[0].record.params
+
+
+def test_the_sampler_learns_from_them(driver: Callable[..., Driver]) -> None:
+    space = {"x": Span(0.0, 1.0)}
+    trials = []
+    for number, x in enumerate(np.linspace(0, 1, 40)):
+        one = warm(number, [0.65 if x < 0.25 else 0.3], "finished" if x < 0.25 else "gate")
+        one.record.params.clear()
+        one.record.params["x"] = float(x)
+        trials.append(one)
+    run = driver(space=space, warm=trials, num_samples=100)
+    drawn = [run.suggest()["x"] for _ in range(10)]
+    assert np.mean([x < 0.3 for x in drawn]) > 0.6

@@ -287,3 +287,43 @@ def test_the_gates_projection_is_off_by_default_and_learns_from_the_journal_wher
     gate = tuner.gate_of(RunConfig.from_preset("quick", epochs=3, gate_projection=True), earlier)
     assert gate("new", {"epoch": 1, "val_accuracy": 0.2, "local_tpe": 0.15, "config": {"trial": 99}})
     assert not gate("good", {"epoch": 1, "val_accuracy": 0.2, "local_tpe": 0.25, "config": {"trial": 98}})
+
+
+@pytest.mark.slow
+def test_a_trial_that_raises_is_tried_again_from_its_checkpoint_and_harms_no_other(
+    whole: Whole, make: Callable[..., Stage1], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Trial 0 raises once after its first epoch, 1 each time, 2 is well."""
+    marker = str(tmp_path / "raised")
+
+    def breaking(params: dict[str, Any], **given: Any) -> None:
+        from pathlib import Path
+        from unittest import mock
+
+        from nkat_ray.search import trainable
+
+        report = trainable.tune.report
+
+        def report_and_raise(row: dict[str, Any], **more: Any) -> None:
+            report(row, **more)
+            if params["trial"] == 0 and not Path(marker).exists():
+                Path(marker).touch()
+                raise RuntimeError("once")
+
+        if params["trial"] == 1:
+            raise RuntimeError("each time")
+        with mock.patch.object(trainable.tune, "report", report_and_raise):
+            trainable.train_trial(params, **given)
+
+    monkeypatch.setattr(tuner, "train_trial", breaking)
+    stage, told = make(seed=3, grace=2, max_failures=1, epochs=2), []
+    state = stage.tune(Listeners(on_notice=told.append))
+    assert Path(marker).exists()
+    assert outcome(state.trials[0]) == outcome(whole.state.trials[0])  # from its checkpoint, bit for bit
+    assert outcome(state.trials[2]) == outcome(whole.state.trials[2])
+    assert (state.trials[1].stop_reason, state.trials[1].error) == ("error", "RuntimeError: each time")
+    assert state.trials[1].stop_detail == "RuntimeError: each time"
+    assert told[0] == "trial 0 is tried again after a fault: RuntimeError: once"
+    assert [event["trial"] for event in stage.events() if event["event"] == "started"] == [0, 0, 1, 1, 2]
+    assert [trial.state for trial in stage.study().trials] == [COMPLETE, FAIL, COMPLETE]
+    assert state.stage1_done
