@@ -1,0 +1,217 @@
+"""Does a result cost more the more trials there are? 10,000 simulated trials on 1,000 slots through Tune's controller.
+
+    OMP_NUM_THREADS=1 python benchmarks/search/load.py
+    OMP_NUM_THREADS=1 python benchmarks/search/load.py --part searcher
+
+`control`: results and ends go through Ray's real TuneController (its result path and stop_trial; only actors and
+processes are left out, which 1,000 slots would need a cluster for) to our gate with its projection, our ASHA and our
+JournalCallback with a journal on disk. CPU time of each part is summed a result (ends included) and shown for the
+results that came while so many trials had ended; the rest of the controller's time is Ray's, as is nearly all of ASHA
+(percentile of a rung). `searcher`: a study and a journal that already hold so many trials, then the CPU time of one
+`suggest` and one `tell`; most of a suggest is Optuna's TPESampler.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+
+from nkat_ray.config import SPACES
+from nkat_ray.metrics import EPOCH, LOCAL_TPE, TRAIN_LOSS, VAL_ACCURACY
+from nkat_ray.search.callbacks import JournalCallback, Listeners
+from nkat_ray.search.gate import LocalTPEGate
+from nkat_ray.search.journal import Journal
+from nkat_ray.search.projection import GateProjection
+from nkat_ray.search.scheduler import ResumableASHA
+from nkat_ray.search.searcher import GatedOptunaSearch
+from nkat_ray.search.space import distribution
+
+EPOCHS, SLOTS, GATE, SIZES = 20, 1000, 0.36, (100, 1000, 10_000)
+
+
+class Meter:
+    """CPU seconds by part, of the result at hand and of all before."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, float] = defaultdict(float)
+        self.rows: list[tuple[int, dict[str, float]]] = []  # trials that had ended, seconds by part
+
+    def wrap(self, part: str, owner: Any, *methods: str) -> None:
+        """Measure some methods of an object, without those that are measured inside them."""
+        for method in methods:
+            setattr(owner, method, self._timed(part, getattr(owner, method)))
+
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.measure(part):
+                return function(*args, **kwargs)
+
+        return timed
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Count what happens inside for a part, less what is measured within."""
+        before, clock = sum(self.now.values()), time.process_time()
+        try:
+            yield
+        finally:
+            inside = sum(self.now.values()) - before
+            self.now[part] += time.process_time() - clock - inside
+
+    def close_result(self, ended: int) -> None:
+        """The result is dealt with, and so many trials have ended."""
+        self.rows.append((ended, dict(self.now)))
+        self.now.clear()
+
+
+def curves(trials: int, seed: int) -> np.ndarray:
+    """Saturating curves with noise, (trials, EPOCHS)."""
+    generator = np.random.default_rng(seed)
+    final, speed = generator.normal(0.3, 0.05, (trials, 1)), generator.uniform(0.1, 0.6, (trials, 1))
+    noise = generator.normal(0, 0.01, (trials, EPOCHS))
+    return np.clip(final * (1 - np.exp(-speed * np.arange(1, EPOCHS + 1))) + noise, 0, 1)
+
+
+class Gate:
+    """The gate as Tune's controller calls it, measured."""
+
+    def __init__(self, gate: LocalTPEGate, meter: Meter) -> None:
+        self._gate, self._meter = gate, meter
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """As the gate says."""
+        with self._meter.measure("gate"):
+            return self._gate(trial_id, result)
+
+
+def control(trials: int, seed: int, folder: Path) -> Meter:
+    meter, table = Meter(), curves(trials, seed)
+    journal = Journal(folder)
+    gate = LocalTPEGate(GATE, EPOCHS + 1, 0.45, EPOCHS, projection=GateProjection(max_epochs=EPOCHS))
+    asha = ResumableASHA(max_t=EPOCHS, grace_period=5, reduction_factor=3)
+    callback = JournalCallback(
+        journal, folder=str(folder), gate=GATE, max_epochs=EPOCHS, tell=lambda _: None, expired=lambda: False,
+        listeners=Listeners(),
+    )  # fmt: skip
+    meter.wrap("ASHA", asha, "on_trial_result", "on_trial_complete")
+    meter.wrap("callback", callback, "on_trial_result", "on_trial_complete")
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(SLOTS)  # else it asks a cluster that is not there
+    controller = TuneController(scheduler=asha, stopper=Gate(gate, meter), callbacks=[callback])
+    running: list[tuple[Trial, int]] = []
+    started = ended = 0
+    while running or started < trials:
+        while len(running) < SLOTS and started < trials:
+            running.append((_start(controller, journal, started), 1))
+            started += 1
+        going = []
+        for trial, epoch in running:
+            score = float(table[trial.config["trial"], epoch - 1])
+            result = {
+                EPOCH: epoch, TRAIN_LOSS: 1.0, VAL_ACCURACY: score, LOCAL_TPE: score, "training_iteration": epoch,
+                "time_total_s": 1.0 * epoch, "config": trial.config,
+            }  # fmt: skip
+            with meter.measure("Ray"):
+                decision = controller._process_trial_result(trial, result)
+                if decision == TrialScheduler.STOP:
+                    controller.stop_trial(trial)
+            if decision == TrialScheduler.STOP:
+                ended += 1
+            else:
+                going.append((trial, epoch + 1))
+            meter.close_result(ended)
+        running = going
+    journal.close()
+    assert all(record.ended for record in journal.state.trials.values())
+    return meter
+
+
+def _start(controller: TuneController, journal: Journal, number: int) -> Trial:
+    journal.write("proposed", trial=number, params={}, seed=number, study_number=number)
+    trial = Trial("load", config={"trial": number}, trial_id=f"{number:08d}", stub=True)
+    controller._trials.append(trial)
+    controller._live_trials.add(trial)
+    controller._running_trials.add(trial)
+    controller._scheduler_alg.on_trial_add(controller, trial)
+    trial.set_status(Trial.RUNNING)
+    return trial
+
+
+def print_control(meter: Meter) -> None:
+    parts = ("gate", "callback", "ASHA", "Ray")
+    print("| trials ended | results | gate, us | callback, us | ours, us | ASHA, us | rest of Ray, us | Ray's share |")
+    print("|---|---|---|---|---|---|---|---|")
+    for size in SIZES:
+        rows = [times for ended, times in meter.rows if 0.8 * size <= ended <= size]
+        if not rows:
+            continue
+        mean = {part: 1e6 * statistics.fmean(times.get(part, 0.0) for times in rows) for part in parts}
+        ours, total = mean["gate"] + mean["callback"], sum(mean.values())
+        print(
+            f"| {size} | {len(rows)} | {mean['gate']:.0f} | {mean['callback']:.0f} | {ours:.0f} | {mean['ASHA']:.0f} | "
+            f"{mean['Ray']:.0f} | {100 * (total - ours) / total:.0f} % |"
+        )
+
+
+def searcher(size: int, repeats: int, seed: int, folder: Path) -> tuple[float, float]:
+    """Milliseconds of CPU of one `suggest` and one `tell`, medians, with `size` trials in study and journal."""
+    space = SPACES["round2"]
+    journal = Journal(folder)
+    subject = GatedOptunaSearch(
+        space, folder=folder, journal=journal, points=[], num_samples=10 * size, run_seed=seed, gate=GATE
+    )
+    distributions = {name: distribution(domain) for name, domain in space.items()}
+    draws = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    for number in range(size):
+        params = draws.ask(distributions).params
+        value = float(np.random.default_rng([seed, number]).normal(0.3, 0.05))
+        journal.write("proposed", trial=number, params=params, seed=number, study_number=number)
+        journal.write("result", trial=number, row={EPOCH: 1, LOCAL_TPE: value}, checkpoint=None)
+        journal.write("end", trial=number, stop_reason="finished", stop_detail=None, error=None)
+        subject.study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
+    suggests, tells = [], []
+    for number in range(size, size + repeats):
+        clock = time.process_time()
+        subject.suggest(f"t{number}")
+        suggests.append(time.process_time() - clock)
+        journal.write("result", trial=number, row={EPOCH: 1, LOCAL_TPE: 0.3}, checkpoint=None)
+        journal.write("end", trial=number, stop_reason="finished", stop_detail=None, error=None)
+        clock = time.process_time()
+        subject.tell(journal.state.trials[number])
+        tells.append(time.process_time() - clock)
+    journal.close()
+    return 1e3 * statistics.median(suggests), 1e3 * statistics.median(tells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("control", "searcher"), default="control")
+    parser.add_argument("--trials", type=int, default=SIZES[-1])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    if arguments.part == "control":
+        with tempfile.TemporaryDirectory() as folder:
+            print_control(control(arguments.trials, arguments.seed, Path(folder)))
+        return
+    print("| trials in the study | suggest, ms | tell, ms |\n|---|---|---|")
+    for size in SIZES:
+        if size <= arguments.trials:
+            with tempfile.TemporaryDirectory() as folder:
+                suggest, tell = searcher(size, arguments.repeats, arguments.seed, Path(folder))
+            print(f"| {size} | {suggest:.1f} | {tell:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
