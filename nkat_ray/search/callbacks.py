@@ -72,7 +72,7 @@ class JournalCallback(Callback):
         expired: Callable[[], bool],
         listeners: Listeners,
         verdict: str = "is not among the rung's best",
-        advance: Callable[[], None] = _nothing,
+        advance: Callable[[], None] | None = None,
     ) -> None:
         self._journal, self._folder, self._gate, self._max_epochs = journal, folder, gate, max_epochs
         self._tell, self._expired, self._listeners = tell, expired, listeners
@@ -84,7 +84,8 @@ class JournalCallback(Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Tune has looked round once more, about ten times a second."""
-        self._advance()
+        if self._advance is not None:
+            self._advance()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has its slot, for the first time or again."""

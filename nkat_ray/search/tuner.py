@@ -84,21 +84,21 @@ def tune_stage1(
         warm=warm, score=best_local_tpe if stage2 is None else stage2.score, closed=closed,
         held=lambda: feedback is not None and feedback.holds(),
     )  # fmt: skip
+    listeners, tell, advance = _after(listeners, on_survivor=passed.add), searcher.tell, None
     feedback = None
     if stage2 is not None:
         feedback = Feedback(
             stage2, state=state, gate=run.gate, slots=at_a_time, tell=searcher.tell,
             exhausted=lambda: len(state.trials) >= run.num_samples or closed(),
         )  # fmt: skip
+        listeners = _after(listeners, on_survivor=feedback.on_survivor, on_trial_start=feedback.on_trial_start)
+        tell, advance = feedback.on_end, feedback.advance
     attempt = f"attempt_{len(state.attempts):03d}"
     journal.write("warmed")
     journal.write("slots", slots=at_a_time)
     callback = JournalCallback(
-        journal, folder=f"{tune_folder}/{attempt}", gate=run.gate, max_epochs=run.epochs, expired=expired,
-        tell=feedback.on_end if feedback else searcher.tell,
-        listeners=_with_first(listeners, on_survivor=[passed.add, *([feedback.on_survivor] if feedback else [])],
-                              on_trial_start=[feedback.on_trial_start] if feedback else []),
-        verdict=VERDICTS[run.scheduler], **({"advance": feedback.advance} if feedback else {}),
+        journal, folder=f"{tune_folder}/{attempt}", gate=run.gate, max_epochs=run.epochs, tell=tell, expired=expired,
+        listeners=listeners, verdict=VERDICTS[run.scheduler], advance=advance,
     )  # fmt: skip
     if enough():  # an earlier driver was killed between the last pass and the ends that follow from it
         for record in [r for r in state.trials.values() if not r.ended and r.trial not in passed]:
@@ -120,19 +120,18 @@ def tune_stage1(
     journal.write("stage1_done")
 
 
-def _with_first(listeners: Listeners, **before: Iterable[Callable[..., None]]) -> Listeners:
-    """Listeners of which some are told after functions of our own."""
+def _after(listeners: Listeners, **first: Callable[..., Any]) -> Listeners:
+    """The listeners, some of them told after a function of our own."""
 
-    def chain(functions: Iterable[Callable[..., None]]) -> Callable[..., None]:
+    def chain(before: Callable[..., Any], then: Callable[..., None]) -> Callable[..., None]:
         def call(*arguments: Any) -> None:
-            for function in functions:
-                function(*arguments)
+            before(*arguments)
+            then(*arguments)
 
         return call
 
-    return dataclasses.replace(
-        listeners, **{name: chain([*first, getattr(listeners, name)]) for name, first in before.items()}
-    )
+    chained = {name: chain(before, getattr(listeners, name)) for name, before in first.items()}
+    return dataclasses.replace(listeners, **chained)
 
 
 def _fit(
