@@ -324,7 +324,7 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
     scheduler: SchedulerName = "asha"
     """Who stops the weak early: asha, hyperband (asynchronous, several brackets), median, or none."""
     max_survivors: OptionalInt = None
-    """Survivors, >= 1, after which Stage 1 closes: the other trials end with reason `budget`; off: no limit."""
+    """Survivors, >= 1, after which Stage 1 closes: all below the best survivor end (reason `budget`); off: no limit."""
     max_concurrent: AutoInt = None
     """Trials at a time, >= 1; auto: as many as the cluster has room for."""
     gpus_per_trial: AutoFloat = None

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,12 @@ def tune_stage1(
         journal, folder=f"{tune_folder}/{attempt}", gate=run.gate, max_epochs=run.epochs, tell=tell, expired=expired,
         listeners=listeners, verdict=VERDICTS[run.scheduler], advance=advance,
     )  # fmt: skip
+    scores = {trial: best_local_tpe(state.trials[trial]) or 0.0 for trial in passed}
     if enough():  # an earlier driver was killed between the last pass and the ends that follow from it
-        for record in [r for r in state.trials.values() if not r.ended and r.trial not in passed]:
+        best = max(scores.values())
+        for record in [r for r in state.trials.values() if not r.ended and (best_local_tpe(r) or 0.0) < best]:
             searcher.forget(record)
-            callback.end(record, "budget", budget_detail(max(record.curve, default=0), len(passed)))
+            callback.end(record, "budget", budget_detail(max(record.curve, default=0), scores))
     earlier = state.trials.values()
     open_trials = run.num_samples - sum(record.ended for record in earlier)
     if open_trials > 0:
@@ -111,7 +113,7 @@ def tune_stage1(
             run, data=data, cluster=cluster, vault=vault, deadline_s=deadline_s, open_trials=open_trials,
             at_a_time=at_a_time, searcher=searcher, tune_folder=tune_folder, attempt=attempt,
             scheduler=make_scheduler(run, earlier), callback=callback, trackers=trackers_of(run, folder),
-            stoppers=stoppers_of(run, earlier, passed),
+            stoppers=stoppers_of(run, earlier, scores),
         )  # fmt: skip
     if any(not record.ended for record in earlier) or (len(earlier) < run.num_samples and not closed()):
         raise KeyboardInterrupt  # Tune ends in order on a signal of its own (SIGUSR1): the stage is not over
@@ -182,7 +184,7 @@ def _fit(
     ).fit()
 
 
-def stoppers_of(run: RunConfig, earlier: Iterable[TrialRecord], passed: Collection[int]) -> list[Stopper]:
+def stoppers_of(run: RunConfig, earlier: Iterable[TrialRecord], passed: Mapping[int, float]) -> list[Stopper]:
     """What ends a trial at one of its results; the gate first: the next is asked where it lets the trial go on."""
     stoppers: list[Stopper] = [gate_of(run, earlier)]
     if run.max_survivors is not None:
