@@ -11,10 +11,10 @@ from nkat_ray.search.gate import BEST_LOCAL_TPE, STOP_DETAIL
 
 
 class SurvivorBudget(Stopper):
-    """Ends the trials below the best survivor, one by one at their next result, once `limit` trials have passed.
+    """Ends the trials below the best survivor, one by one at their next result, once `limit` have passed.
 
-    A trial's best Local TPE so far is what is compared; the best survivor, and whoever is level with it, may come to the
-    last epoch. A survivor that is ended stays one. Who passed in earlier drivers is handed in from the journal;
+    A trial's best Local TPE so far is what is compared; the best survivor, and whoever is level with it, may come to
+    the last epoch. A survivor that is ended stays one. Who passed in earlier drivers is handed in from the journal;
     everything since is in the results. Belongs behind the gate, whose reasons come first.
 
     Args:
