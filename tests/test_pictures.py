@@ -1,13 +1,16 @@
 """What training sees and what the winner looks at, against the functions that really do it."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from nkat_ray.config import TrialConfig
-from nkat_ray.data import open_dataset
+from nkat_ray.config import DataConfig, RunConfig, TrialConfig
+from nkat_ray.data import Dataset, open_dataset
 from nkat_ray.data.selection import Limits, Selection
 from nkat_ray.model import create_nkat_vit
 from nkat_ray.pictures import SHOWN, augmented_batch, winner_attention
@@ -60,22 +63,46 @@ def test_few_grey_images_leave_black(tinted: Any) -> None:
     assert not left[32:].any()
 
 
-def test_the_winner_is_shown_over_validation_images(monkeypatch: Any) -> None:
+@pytest.fixture
+def cifar10(monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    """The generated one."""
     monkeypatch.delenv("NKAT_DATA_DIR", raising=False)
-    from nkat_ray.config import DataConfig
+    found = open_dataset("cifar10", DataConfig(data_dir=None, data="synthetic"), notice=print)
+    assert isinstance(found, Dataset)
+    return found
 
-    dataset = open_dataset("cifar10", DataConfig(data_dir=None, data="synthetic"), notice=print)
+
+@pytest.fixture
+def weights() -> Weights:
+    """A network that has learned nothing."""
     config = TrialConfig(embed_dim=64, depth=2, epochs=10, train_images=100, val_images=50)
     torch.manual_seed(0)
-    model = create_nkat_vit(config, num_classes=10)
-    weights = Weights(
+    return Weights(
         config=config, dataset="cifar10", num_classes=10, grey=False, mean=(0.5,) * 3, std=(0.2,) * 3, epoch=1,
-        val_accuracy=0.1, seed=0, tensors=model.state_dict(),
+        val_accuracy=0.1, seed=0, tensors=create_nkat_vit(config, num_classes=10).state_dict(),
     )  # fmt: skip
-    pictures = winner_attention(weights, dataset, Limits(val_images=50, train_images=100))
+
+
+def test_the_winner_is_shown_over_validation_images(cifar10: Dataset, weights: Weights) -> None:
+    pictures = winner_attention(weights, cifar10, Limits(val_images=50, train_images=100))
     assert len(pictures) == SHOWN
     for n, (tag, picture) in enumerate(pictures.items()):
         assert tag.startswith(f"attention/{n}_")
         assert "_predicted_" in tag
         assert picture.width > 8 * 3 * 32  # eight heads
         assert picture.height > 2 * 3 * 32  # two blocks
+
+
+def test_a_run_shows_the_model_in_its_best_folder(cifar10: Dataset, weights: Weights, tmp_path: Path) -> None:
+    from nkat_ray.run import _winner_pictures
+    from nkat_ray.train.transfer import save_weights
+
+    save_weights(weights, weights.to_bytes(), tmp_path / "best")
+    config = RunConfig.from_preset("quick", train_images=100, val_images=50)
+    run: Any = SimpleNamespace(datasets={"cifar10": cifar10}, storage=SimpleNamespace(local=tmp_path), config=config)
+    shown = _winner_pictures(run, {"winner": {"trial": 0}})
+    expected = winner_attention(weights, cifar10, Limits(val_images=50, train_images=100))
+    assert {tag: picture.tobytes() for tag, picture in shown.items()} == {
+        tag: picture.tobytes() for tag, picture in expected.items()
+    }
+    assert _winner_pictures(run, {"winner": None}) == {}

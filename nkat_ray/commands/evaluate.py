@@ -78,9 +78,8 @@ def with_defaults_of(target: Path) -> EvaluateConfig:
     Raises:
         ValueError: the target is neither a run nor a model.
     """
+    _refuse_neither(target)
     if not _is_run(target):
-        if not (target / WEIGHTS_FILE).exists():
-            raise ValueError(f"target is {str(target)!r}; it is neither a run's folder nor a model with {WEIGHTS_FILE}")
         return EvaluateConfig(target=target)
     saved = config_of_json(json.loads((target / CONFIG_FILE).read_text()))
     return EvaluateConfig(target=target, **{name: getattr(saved, name) for name in SHARED})
@@ -90,12 +89,14 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
     """Evaluate and print the report; exit code 0, or 1 when no dataset counts.
 
     Raises:
-        ValueError: the target has no survivor; or the data cannot be had, or are not those of the run.
+        ValueError: the target is no run and no model, or has no survivor; or the data cannot be had, or are not those
+            of the run.
     """
     from nkat_ray.run import evaluate_survivors
     from nkat_ray.search.cluster import connected, describe_cluster
     from nkat_ray.search.vault import open_vault
 
+    _refuse_neither(config.target)
     run = _run_config(config)
     records = _passed(config.target, run.gate) if _is_run(config.target) else []
     out = config.out or config.target / "evaluations" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
@@ -136,14 +137,22 @@ def _is_run(target: Path) -> bool:
     return (target / JOURNAL_FILE).exists() and (target / CONFIG_FILE).exists()
 
 
+def _refuse_neither(target: Path) -> None:
+    if not _is_run(target) and not (target / WEIGHTS_FILE).exists():
+        raise ValueError(f"target is {str(target)!r}; it is neither a run's folder nor a model with {WEIGHTS_FILE}")
+
+
 def _run_config(config: EvaluateConfig) -> RunConfig:
     """The run's configuration (a model alone has the trial that made it), with this command's flags."""
     flags = {name: getattr(config, name) for name in SHARED}
     if _is_run(config.target):
         return config_of_json(json.loads((config.target / CONFIG_FILE).read_text()), **flags)
-    from nkat_ray.train.checkpoint import Weights
+    from nkat_ray.train.checkpoint import CheckpointError, Weights
 
-    trial = Weights.from_bytes((config.target / WEIGHTS_FILE).read_bytes()).config
+    try:
+        trial = Weights.from_bytes((config.target / WEIGHTS_FILE).read_bytes()).config
+    except CheckpointError as error:
+        raise ValueError(f"target is {str(config.target)!r}; its {WEIGHTS_FILE} cannot be read: {error}") from error
     return RunConfig(**{**vars(trial), "grace": min(5, trial.epochs), **flags})
 
 
