@@ -160,6 +160,8 @@ def main() -> int:
                 if alive:
                     os.kill(process.pid, signal.SIGKILL)
                 code = finish(process, options.timeout_s)
+                if not (folder / "config.json").exists():
+                    sys.exit(f"the run wrote nothing and ended with {code}")
                 found = faults(folder, before) if before else []
                 if not alive:
                     found += faults_at_the_end(folder, code)
