@@ -83,6 +83,7 @@ Sampler = Literal["tpe", "random", "gp", "nsga2"]
 Objective = Literal["local_tpe", "local_tpe,lambda"]
 SchedulerName = Literal["asha", "hyperband", "median", "none"]
 Feedback = Literal["off", "global"]
+Tracker = Literal["off", "mlflow", "wandb"]
 
 
 class _Checked:
@@ -359,7 +360,7 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
     """Datasets of Stage 2; cifar10 must be among them."""
     address: str | None = None
     """Ray: an address, `auto` or `local`. Default: $RAY_ADDRESS, this head's cluster, else a local instance."""
-    log_to: Literal["off", "mlflow", "wandb"] = "off"
+    log_to: Tracker = "off"
     """Log every trial to MLflow ($MLFLOW_TRACKING_URI, else mlflow/ in the run's folder) or Weights & Biases too."""
     resume: bool = False
     """Continue the run called --name (without a name: the newest)."""
@@ -382,7 +383,10 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
         self._between("gate", low=0, high=1, open_low=True)
         self._check("lambda_model", self.lambda_model in LAMBDA_MODELS, f"allowed: {', '.join(LAMBDA_MODELS)}")
         self._between("num_samples", low=1, high=100_000)
-        kinds = {"sampler": Sampler, "objective": Objective, "scheduler": SchedulerName, "feedback": Feedback}
+        kinds: dict[str, Any] = {
+            "sampler": Sampler, "objective": Objective, "scheduler": SchedulerName, "feedback": Feedback,
+            "log_to": Tracker,
+        }  # fmt: skip
         for name, kind in kinds.items():
             self._check(name, getattr(self, name) in get_args(kind), f"allowed: {' | '.join(get_args(kind))}")
         named = self.warm_start is None or bool(self.warm_start.strip())

@@ -85,6 +85,7 @@ RUN_RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("objective", ["", "lambda", "local_tpe, lambda"], ["local_tpe", "local_tpe,lambda"]),
     ("warm_start", ["", " "], ["round1", "runs/round1", None]),
     ("feedback", ["", "local", "on"], ["off", "global"]),
+    ("log_to", ["", "neptune", "MLflow"], ["off", "mlflow", "wandb"]),
     ("scheduler", ["", "pbt", "off"], ["asha", "hyperband", "median", "none"]),
     ("max_survivors", [0, -1, NAN], [1, 100_000, None]),
     ("max_concurrent", [0, -1, NAN], [1, None]),
@@ -129,6 +130,7 @@ def test_a_value_at_the_end_of_its_range_is_allowed(config: type, name: str, val
 def test_every_field_has_its_range_tested() -> None:
     tested = {(config, name) for config, name, _, _ in ALL_RANGES}
     free = {"split_heads", "data_dir", "data", "address", "resume", "dry_run", "verbose", "own_space"}
+    free |= {"gate_projection", "json", "quiet"}
     for config, base in ((ModelConfig, None), (TrialConfig, ModelConfig), (RunConfig, TrialConfig)):
         own = set(field_names(config)) - (set(field_names(base)) if base else set()) - free
         assert own == {name for c, name in tested if c is config}

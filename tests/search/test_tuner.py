@@ -17,6 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from nkat_ray.config import RunConfig
+from nkat_ray.metrics import ATTENTION_ENTROPY, NKAT_PREFIX
 from nkat_ray.search import schedulers, tuner
 from nkat_ray.search.callbacks import ROW_KEYS, Listeners
 from nkat_ray.search.journal import JOURNAL_FILE, Journal, RunState, TrialRecord, read_state
@@ -126,7 +127,9 @@ def test_every_trial_ends_with_a_reason_and_its_curve(whole: Whole) -> None:
         assert (record.stop_reason, sorted(record.curve)) == ("finished", [1, 2])
         assert record.stop_detail
         for row in record.curve.values():
-            assert set(row) == set(ROW_KEYS)
+            of_blocks = {key for key in row if key.startswith((ATTENTION_ENTROPY, NKAT_PREFIX))}
+            assert len(of_blocks) == 5 * whole.stage.run.depth  # the entropy and four NKAT scalars
+            assert set(row) - of_blocks == set(ROW_KEYS)
             assert 0 <= row["local_tpe"] == pytest.approx(row["val_accuracy"] / math.log10(1 + row["lambda_theory"]))
             assert (row["cpus"], row["gpus"]) == (1, 0)
 
