@@ -51,7 +51,10 @@ def learning_curves(trials: Rows, curves: Rows, *, gate: float, winner: int | No
             named.add(group)
     last = max((point[EPOCH] for point in curves), default=1)
     data.append(_line([0.5, last + 0.5], [gate, gate], f"gate {gate:.2f}"))
-    return {"data": data, "layout": _layout("epoch", "Local TPE on validation")}
+    layout = _layout("epoch", "Local TPE on validation")
+    if last <= 10:
+        layout["xaxis"]["dtick"] = 1  # plotly would label half epochs
+    return {"data": data, "layout": layout}
 
 
 def _curve(

@@ -75,6 +75,14 @@ def test_learning_curves_name_each_stop_reason_once(make_run: Callable[..., Any]
     assert figure["data"][-1]["y"] == [0.42, 0.42]
 
 
+@pytest.mark.parametrize(("last", "step"), [(1, 1), (10, 1), (11, None)])
+def test_few_epochs_are_labelled_one_by_one(make_run: Callable[..., Any], last: int, step: int | None) -> None:
+    run = make_run()
+    curves = [row for row in run.curves if row["epoch"] <= last]
+    figure = charts.learning_curves(run.trials, curves, gate=0.42, winner=0, searched=["depth"])
+    assert figure["layout"]["xaxis"].get("dtick") == step
+
+
 def test_text_from_data_is_no_markup_to_plotly(make_run: Callable[..., Any]) -> None:
     run = make_run()
     for row in run.trials:
