@@ -146,7 +146,7 @@ def test_an_interrupt_leaves_a_run_that_resume_continues(number, tmp_path):
     process = launch(tmp_path, "--gate", "0.12")
     wait_for(tmp_path, "end", 1, process)
     process.send_signal(number)
-    code, output = finish(process, timeout=120)
+    code, output = finish(process, timeout=600)  # in order, so after what runs; a busy machine takes its time
     assert code == 130, output
     assert "--resume --name r" in output
     assert "Traceback" not in output
