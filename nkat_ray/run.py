@@ -193,10 +193,14 @@ def _stages(run: _Run) -> int:
 
 @contextlib.contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (a batch system, a spot instance) ends a run in order, as Ctrl-C does."""
+    """SIGTERM (a batch system, a spot instance) ends a run in order, as Ctrl-C does.
+
+    It is handed on as Ctrl-C: while Tune runs that only sets a flag. An exception raised from here instead could hit
+    Optuna between two steps of its file's lock, and come out as another one.
+    """
 
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nkat_ray.report.html import load_study
+from nkat_ray.run import _terminated_like_interrupted
 
 pytestmark = pytest.mark.cluster
 
@@ -139,6 +140,19 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(kind, whole, tmp_path
     )
     enqueued = [row for row in second if row["trial"] < 2]  # the sampler's draws start anew after a resume
     assert enqueued == first[:2]
+
+
+def test_sigterm_is_whatever_ctrl_c_is_at_that_moment():
+    """While Tune runs, Ctrl-C sets a flag of Tune's; else it raises."""
+    caught = []
+    with _terminated_like_interrupted():
+        before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+        signal.raise_signal(signal.SIGTERM)
+        signal.signal(signal.SIGINT, before)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert caught == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
