@@ -1,28 +1,22 @@
 """`nkat evaluate`: what it refuses. What it does is Stage 2's, which the tests of whole runs go through."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nkat_ray.cli import main
-
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(nkat_script: Callable[..., Any]) -> Callable[..., str]:
     """Runs `nkat evaluate`, which must end with exit code 2 and one line; returns the line."""
 
-    def run(*words: Any) -> str:
-        monkeypatch.setattr(sys, "argv", ["nkat", "evaluate", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 2
-        line = capsys.readouterr().err.strip()
-        assert line.startswith("error: ")
-        assert "\n" not in line
-        return line
+    def run(*words: object) -> str:
+        code, _, error = nkat_script("evaluate", *words)
+        assert code == 2
+        assert error.startswith("error: ")
+        assert error.strip().count("\n") == 0
+        return str(error)
 
     return run
 

@@ -2,29 +2,18 @@
 
 import math
 import re
-import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
-from nkat_ray.cli import main
-
 
 @pytest.fixture
-def simulate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Runs `nkat simulate` in this process; returns exit code, standard output and standard error."""
-
-    def run(*flags: str) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "120")
-        monkeypatch.setattr(sys, "argv", ["nkat", "simulate", *flags])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, said.out, said.err
-
-    return run
+def simulate(nkat_script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs `nkat simulate` on a wide screen."""
+    monkeypatch.setenv("COLUMNS", "120")
+    return partial(nkat_script, "simulate")
 
 
 def row(text: str, start: str) -> list[str]:

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nkat_ray.cli import main
 from nkat_ray.commands import train as command
 from nkat_ray.data import Split
 from nkat_ray.data.parquet import pair_path, write_split
@@ -54,19 +53,9 @@ def folder(tinted: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def nkat(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Runs `nkat train` in this process; returns exit code, standard output and standard error."""
-
-    def run(line: str, *more: object) -> tuple[int, str, str]:
-        words = ["nkat", "train", "--data_dir", str(folder), *line.split(), *map(str, more)]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, said.out, said.err
-
-    return run
+def nkat(folder: Path, nkat_script: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs `nkat train` on the datasets above."""
+    return lambda line, *more: nkat_script("train", "--data_dir", folder, *line.split(), *more)
 
 
 def accuracies(out: Path) -> list[float]:
@@ -292,19 +281,15 @@ def test_the_notes_command_trains_the_notes_network(nkat, data_dir, tmp_path, da
     assert (config["embed_dim"], config["depth"], config["randaugment"]) == (384, 7, [2, 9])
 
 
-def test_a_folder_of_images_becomes_a_dataset_that_trains(nkat, tmp_path, monkeypatch, capsys):
+def test_a_folder_of_images_becomes_a_dataset_that_trains(nkat, nkat_script, tmp_path):
     generator = np.random.default_rng(0)
     for number, name in enumerate(("cat", "dog")):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for n in range(40):
             pixels = generator.integers(0, 100, (28, 24, 3), dtype=np.uint8) + np.uint8(100 * number)
             Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{n}.png")
-    words = ["nkat", "data", "import", str(tmp_path / "pets"), "--out", str(tmp_path / "own"), "--name", "pets"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0
-    capsys.readouterr()
+    code, _, error = nkat_script("data", "import", tmp_path / "pets", "--out", tmp_path / "own", "--name", "pets")
+    assert code == 0, error
     line = TINY.replace("tints", "pets").replace("--val_images 40", "")  # a fifth of 64 images at most
     code, said, _ = nkat(f"{line} --out {tmp_path}/a --data_dir {tmp_path}/own")
     assert code == 0, said
