@@ -20,7 +20,7 @@ from nkat_ray.data.selection import Selection, select_images, training_limits
 from nkat_ray.metrics import LAMBDA_MODELS, counts, lambda_theory, tpe_score, wilson_interval
 from nkat_ray.search.callbacks import NOTICES, one_line
 from nkat_ray.search.resources import Share
-from nkat_ray.search.vault import withdraw
+from nkat_ray.search.vault import release, withdraw
 
 TASK_RETRIES = 1  # a task whose node dies is tried once more; the second time the dataset counts as failed
 
@@ -124,6 +124,11 @@ class WeightSource:
         """Fetch them anew the next time: the trial may have better ones by then."""
         self._held.pop(survivor.trial, None)
 
+    def release(self, trial: int) -> None:
+        """Nobody needs a trial's weights any more: let them go, here and in the vault."""
+        self._held.pop(trial, None)
+        release(self._vault, trial)
+
     def from_disk(self, survivor: Survivor) -> "ray.ObjectRef[bytes] | None":
         """Reference to the weights as the disk has them, put anew: the object store has none, or has lost them."""
         payload = weights_on_disk(survivor.checkpoints)
@@ -174,8 +179,10 @@ def validate_survivors(
     """
     validation = Validation(datasets, run=run, vault=vault, notice=notice)
     yield from validation.submit(survivors, done)
+    validation.release(survivors)
     while validation.tasks:
         yield from validation.collect(wait=True)
+        validation.release(survivors)
 
 
 Validated = tuple[dict[str, Any], bytes | None]  # a row of stage2.parquet, and the weights to be tested
@@ -203,6 +210,7 @@ class Validation:
         self._source = WeightSource(vault, notice)
         self._images: dict[str, Any] = {}  # references to Selections
         self._pending: dict[Any, _Job] = {}
+        self._released: set[int] = set()
 
     @property
     def tasks(self) -> int:
@@ -246,6 +254,18 @@ class Validation:
         ready, _ = ray.wait(list(self._pending), timeout=None if wait else 0) if self._pending else ([], [])
         for ref in ready:
             yield from self._outcome(ref, self._pending.pop(ref))
+
+    def release(self, survivors: Sequence[Survivor]) -> None:
+        """Let go of what no task on its way needs: survivors' weights, and the images of datasets.
+
+        Only after the last `submit`: what is released would have to be read again.
+        """
+        for survivor in survivors:
+            if survivor.trial not in self.busy | self._released:
+                self._source.release(survivor.trial)
+                self._released.add(survivor.trial)
+        needed = {job.dataset.name for job in self._pending.values()}
+        self._images = {name: images for name, images in self._images.items() if name in needed}
 
     def _images_of(self, dataset: Dataset) -> Any:
         if dataset.name not in self._images:

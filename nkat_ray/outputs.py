@@ -14,7 +14,7 @@ from nkat_ray.metrics import GLOBAL_TARGETS
 from nkat_ray.report import results, tables
 from nkat_ray.report.terminal import Screen, final_report, result_lines
 from nkat_ray.search.journal import RunState
-from nkat_ray.search.rows import curve_rows, training_share, trial_rows
+from nkat_ray.search.rows import curve_rows, training_share, trial_rows, trial_start_s
 
 SURVIVED, FAULT, NO_SURVIVOR, INTERRUPTED = 0, 1, 3, 130  # exit codes of a run, docs/spec.md section 8
 PACKAGES = ("torch", "torchvision", "timm", "ray", "optuna", "numpy", "pyarrow")
@@ -62,6 +62,7 @@ def summarise(config: RunConfig, state: RunState, data: Mapping[str, Any], code:
         "targets": GLOBAL_TARGETS,
         "notices": state.notices,
         "training_share": training_share(state),
+        "trial_start_s": trial_start_s(state),
         "wall_s": state.wall_s,
         "versions": versions(),
         "exit_code": code,

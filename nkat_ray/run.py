@@ -151,8 +151,11 @@ def _drive(config: RunConfig, fixed: tuple[str, ...], datasets: Datasets, storag
 def _log_fault(run: _Run) -> None:
     """An internal fault: one line for people, the rest into a file."""
     log, text = run.storage.local / "error.log", traceback.format_exc()
-    log.write_text(text)
     said = f"error: {text.strip().splitlines()[-1]}; the log is {log}"
+    try:
+        log.write_text(text)
+    except OSError as error:  # the disk that is full may be what this is about
+        said = f"error: {text.strip().splitlines()[-1]}; there is no log ({error.strerror})"
     Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -217,6 +220,7 @@ def _notice(run: _Run, progress: Progress, text: str) -> None:
 
 def _stage1(run: _Run, progress: Progress, *, cluster: Any, vault: Any) -> None:
     from nkat_ray.search.callbacks import Listeners
+    from nkat_ray.search.cluster import live_cluster
     from nkat_ray.search.trainable import Stage1Data
     from nkat_ray.search.tuner import tune_stage1
 
@@ -262,7 +266,7 @@ def _stage1(run: _Run, progress: Progress, *, cluster: Any, vault: Any) -> None:
     tune_stage1(
         config, fixed=run.fixed, data=data, cluster=cluster, vault=vault, journal=run.journal,
         folder=run.storage.local, tune_folder=run.storage.tune_folder, listeners=listeners, stage2=stage2,
-        warm=_earlier_trials(run, progress),
+        warm=_earlier_trials(run, progress), look=lambda: live_cluster(cluster),
     )  # fmt: skip
 
 

@@ -447,6 +447,8 @@ def _timeline(run: Run, page: Page) -> list[str]:
         return []
     share = run.summary.get("training_share")
     said = "" if share is None else f"{100 * share:.0f} % of the slots' time went into training. "
+    start_s = run.summary.get("trial_start_s")
+    said += "" if start_s is None else f"From a trial's proposal to its first step: {start_s:.2g} s (median). "
     note = f'<p class="soft">{said}A bar is a trial in its slot, pale where the slot was held without training.</p>'
     return [page.chart(charts.timeline(run.trials, run.curves), "Which trial held which slot when"), note]
 

@@ -38,7 +38,7 @@ STOP_REASONS: Final = ("finished", "asha", "smoke", "gate", "nan", "error", "bud
 
 SUMMARY_KEYS: Final = (
     "preset", "gate", "lambda_model", "seed", "data", "n_trials", "stop_reasons", "survivors", "winner", "verdict",
-    "targets", "training_share", "wall_s", "versions", "exit_code",
+    "targets", "training_share", "trial_start_s", "wall_s", "versions", "exit_code",
 )  # fmt: skip
 WINNER_KEYS: Final = (
     "trial", "config", "val_global_tpe", "global_tpe", "consistency", "robustness", "datasets",
@@ -78,6 +78,7 @@ TRIALS_SCHEMA: Final = pa.schema(
         ("cpus", pa.float64()),
         ("node", pa.string()),
         ("started_s", pa.float64()),
+        ("start_s", pa.float64()),
         ("train_s", pa.float64()),
         ("wall_s", pa.float64()),
         ("error", pa.string()),

@@ -6,14 +6,17 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
+import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nkat_ray.config import RunConfig
 from nkat_ray.search.resources import Cluster, Share, cluster_of, refuse_oversized
 
 HEAD_MARKER = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves its configuration on the head under this name
+HEAD_RESOURCE = "node:__internal_head__"  # Ray gives it to the head alone
 CONNECT_S = 5.0
 LOCAL_STARTS = 3  # on a busy machine the first may be too slow
 GPU_PROBE_S = 60.0  # a worker imports torch to say how much memory its GPU has
@@ -112,13 +115,47 @@ def _without_ray_address() -> Iterator[None]:
             os.environ["RAY_ADDRESS"] = saved
 
 
+def all_nodes() -> list[dict[str, Any]]:
+    """The nodes as `ray.nodes()` has them; on a cluster that grows on demand, as they will be once it has grown."""
+    nodes: list[dict[str, Any]] = ray.nodes()
+    coming = nodes_to_come(HEAD_MARKER.expanduser())
+    return [node for node in nodes if HEAD_RESOURCE in node["Resources"]] + coming if coming else nodes
+
+
+def nodes_to_come(config_file: Path) -> list[dict[str, Any]]:
+    """Every worker that the cluster's autoscaler may start, as `ray.nodes()` would have it.
+
+    A search begins before there is any: what its trials ask for must not follow from the head alone. Empty where the
+    workers' resources are not configured: machines of one's own, which join by themselves.
+
+    Args:
+        config_file: what `ray up` left on the head.
+    """
+    if not config_file.exists():
+        return []
+    config = yaml.safe_load(config_file.read_text())
+    most, types = config.get("max_workers", 0), config.get("available_node_types") or {}
+    workers = [
+        {"Alive": True, "Resources": dict(kind["resources"])}
+        for name, kind in types.items()
+        if name != config.get("head_node_type") and kind.get("resources")
+        for _ in range(kind.get("max_workers", most))
+    ]
+    return workers[:most]
+
+
+def live_cluster(before: Cluster) -> Cluster:
+    """What the cluster has now; a GPU's memory is taken from before."""
+    return cluster_of(all_nodes(), gpu_bytes=before.gpu_bytes)
+
+
 def describe_cluster() -> Cluster:
-    """What the connected Ray instance has; a GPU's memory is asked on a node that has one."""
+    """What the connected Ray instance has, or will have; a GPU's memory is asked on a node that has one."""
     gpus = ray.cluster_resources().get("GPU", 0)
     asked = [ray.remote(num_cpus=0, num_gpus=0.01)(_gpu_bytes).remote()] if gpus else []
     answered, _ = ray.wait(asked, timeout=GPU_PROBE_S) if asked else ([], [])  # others may hold every GPU
     gpu_bytes = ray.get(answered[0]) if answered else None
-    return cluster_of(ray.nodes(), gpu_bytes=gpu_bytes, elastic=HEAD_MARKER.expanduser().exists())
+    return cluster_of(all_nodes(), gpu_bytes=gpu_bytes)
 
 
 def _gpu_bytes() -> int | None:
@@ -128,14 +165,14 @@ def _gpu_bytes() -> int | None:
 
 
 def refuse_infeasible(shares: Iterable[Share]) -> None:
-    """Refuse a request that no node of a fixed cluster can meet; where nodes start on demand, one may come that can.
+    """Refuse a request that no node can meet, nor one that may still come.
 
     Raises:
         ValueError: says what was asked for and what the largest node has.
     """
-    if not HEAD_MARKER.expanduser().exists():
-        for share in set(shares):
-            refuse_oversized(share, ray.nodes())
+    nodes = all_nodes()
+    for share in set(shares):
+        refuse_oversized(share, nodes)
 
 
 def nodes_without(path: Path) -> list[str]:

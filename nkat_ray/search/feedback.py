@@ -45,7 +45,7 @@ class Feedback:
         stage2: does the work.
         state: the journal's.
         gate: Local TPE to reach.
-        slots: trials and tasks at a time.
+        slots: trials and tasks at a time, as it is now.
         exhausted: whether no new trial will be proposed any more.
         tell: tells Optuna of a trial; idempotent.
     """
@@ -56,7 +56,7 @@ class Feedback:
         *,
         state: RunState,
         gate: float,
-        slots: int,
+        slots: Callable[[], int],
         exhausted: Callable[[], bool],
         tell: Callable[[TrialRecord], None],
     ) -> None:
@@ -85,7 +85,7 @@ class Feedback:
         """Whether a new trial would take a slot that a validation needs."""
         self.advance()
         waits = any(record.ended and record.trial not in self._stage2.busy for record in self._untold.values())
-        return waits or len(self._live) + self._stage2.tasks >= self._slots
+        return waits or len(self._live) + self._stage2.tasks >= self._slots()
 
     def advance(self, *, wait: bool = False) -> None:
         """Collect what is finished, tell what is known, send out what has a slot."""
@@ -107,4 +107,4 @@ class Feedback:
             self.advance(wait=True)
 
     def _has_slot(self) -> bool:
-        return len(self._live) + self._stage2.tasks < self._slots
+        return len(self._live) + self._stage2.tasks < self._slots()

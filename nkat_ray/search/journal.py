@@ -4,8 +4,10 @@ It is the only truth that a resumed run starts from: finished trials, curves, ch
 unpickled, and nothing depends on Tune's own snapshots, which are ten seconds old or more when a driver is killed.
 """
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ class TrialRecord:
     seed: int
     study_number: int  # the trial's number in the Optuna study
     trial_id: str | None = None  # Tune's name for it; a continued trial gets a new one
+    proposed_s: float | None = None  # since 1970
     started_s: float | None = None  # since 1970, of its first start
     curve: dict[int, dict[str, Any]] = field(default_factory=dict)  # epoch -> the row that was reported
     checkpoints: list[str] = field(default_factory=list)  # paths or URIs, oldest first
@@ -77,11 +80,17 @@ class RunState:
     warmed: bool = False  # the study knows the trials of --warm_start
     stage1_done: bool = False
     ranked: bool = False  # the survivors' order is fixed: nothing is validated any more
-    slots: int | None = None
+    slot_changes: list[tuple[float, int]] = field(default_factory=list)  # (since 1970, trials at a time from then on)
     stage2: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)  # (trial, dataset) -> validation row
     stage2_epochs: dict[tuple[int, str], int | None] = field(default_factory=dict)  # epoch of the weights behind it
     tested: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)  # (trial, dataset) -> test row
     notices: list[str] = field(default_factory=list)
+    _open: set[int] = field(default_factory=set)
+
+    @property
+    def open_trials(self) -> int:
+        """Trials that were proposed and have not ended."""
+        return len(self._open)
 
     @property
     def earlier_s(self) -> float:
@@ -116,7 +125,8 @@ class RunState:
 
     def _on_proposed(self, event: Mapping[str, Any]) -> None:
         keys = ("trial", "params", "seed", "study_number")
-        self.trials[event["trial"]] = TrialRecord(**{key: event[key] for key in keys})
+        self.trials[event["trial"]] = TrialRecord(**{key: event[key] for key in keys}, proposed_s=event["time_s"])
+        self._open.add(event["trial"])
 
     def _on_started(self, event: Mapping[str, Any]) -> None:
         record = self.trials[event["trial"]]
@@ -134,9 +144,10 @@ class RunState:
         record = self.trials[event["trial"]]
         record.stop_reason, record.stop_detail = event["stop_reason"], event["stop_detail"]
         record.error, record.ended_s = event["error"], event["time_s"]
+        self._open.discard(event["trial"])
 
     def _on_slots(self, event: Mapping[str, Any]) -> None:
-        self.slots = event["slots"]
+        self.slot_changes.append((event["time_s"], event["slots"]))
 
     def _on_warmed(self, event: Mapping[str, Any]) -> None:
         self.warmed = True
@@ -174,14 +185,22 @@ class Journal:
         for line, event in _whole_lines(self.path):
             whole += len(line)
             self.state.apply(event)
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
         self._file.truncate(whole)
+        self._whole = whole
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one event and take it into `state`. Flushed: a killed driver loses nothing that it had written."""
+        """Append one event and take it into `state`. Unbuffered: a killed driver loses nothing that it had written.
+
+        Raises:
+            OSError: the disk is full; the journal is as it was before.
+        """
         event = {"event": kind, "time_s": time.time(), **fields}
-        self._file.write(json.dumps(event).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(event).encode() + b"\n"
+        if self._file.write(line) != len(line):  # the disk took a part of it, which would spoil the next line
+            self._file.truncate(self._whole)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._whole += len(line)
         self.state.apply(event)
 
     def close(self) -> None:

@@ -32,7 +32,6 @@ class Cluster:
     cpus_a_gpu: float | None = (
         None  # on the GPU node that has the fewest, since a share must fit on each; None: on average
     )
-    elastic: bool = False  # nodes start on demand: what is there now is not all there will be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +88,7 @@ def trial_share(config: TrialConfig, run: RunConfig, cluster: Cluster) -> Share:
 
 
 def slots(run: RunConfig, cluster: Cluster) -> int:
-    """Trials that fit at a time (by the baseline's share), at most what the user allows; at least 1.
-
-    Where nodes start on demand a typed number is taken as it is: the nodes come when the trials wait for them.
-    """
-    if cluster.elastic and run.max_concurrent is not None:
-        return min(run.max_concurrent, run.num_samples)
+    """Trials that fit at a time (by the baseline's share), at most what the user allows; at least 1."""
     share = trial_share(run.trial, run, cluster)
     fit = cluster.cpus // share.cpus
     if share.gpus:
@@ -109,7 +103,7 @@ def refuse_oversized(share: Share, nodes: list[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: says what was asked for and what the largest node has.
     """
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    alive = _alive(nodes)
     if any(node.get("CPU", 0) >= share.cpus and node.get("GPU", 0) >= share.gpus for node in alive):
         return
     cpus, gpus = (max(node.get(kind, 0) for node in alive) for kind in ("CPU", "GPU"))
@@ -126,15 +120,19 @@ def cpu_micro_batch(config: TrialConfig, *, memory_bytes: int) -> int:
     return int(min(config.batch_size, max(1, fit)))
 
 
-def cluster_of(nodes: list[Mapping[str, Any]], *, gpu_bytes: int | None, elastic: bool = False) -> Cluster:
+def cluster_of(nodes: list[Mapping[str, Any]], *, gpu_bytes: int | None) -> Cluster:
     """The cluster from `ray.nodes()`; `gpu_bytes` None where no GPU could be asked."""
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    alive = _alive(nodes)
     return Cluster(
         cpus=int(sum(resources.get("CPU", 0) for resources in alive)),
         gpus=sum(resources.get("GPU", 0) for resources in alive),
         nodes=len(alive),
-        memory_bytes=int(min(resources.get("memory", 0) for resources in alive)),
+        memory_bytes=int(min((r["memory"] for r in alive if "memory" in r), default=0)),  # unknown of nodes to come
         gpu_bytes=gpu_bytes or ASSUMED_GPU_BYTES,
         cpus_a_gpu=min((node.get("CPU", 0) / node["GPU"] for node in alive if node.get("GPU")), default=None),
-        elastic=elastic,
     )
+
+
+def _alive(nodes: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Resources of the nodes that are alive."""
+    return [node["Resources"] for node in nodes if node["Alive"]]

@@ -1,7 +1,9 @@
 """From the journal's state to the rows of trials.parquet and curves.parquet (docs/spec.md section 8)."""
 
+import itertools
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -36,6 +38,7 @@ def trial_row(record: TrialRecord, run: RunConfig, state: RunState) -> dict[str,
         "cpus": last.get("cpus"),
         "node": last.get("node"),
         "started_s": record.started_s - start if record.started_s is not None else None,
+        "start_s": start_seconds(record, state),
         "train_s": sum(row["epoch_s"] for row in record.curve.values()),
         "wall_s": ended - record.started_s if record.started_s is not None else None,
     }
@@ -78,11 +81,45 @@ def training_share(state: RunState) -> float | None:
         for row in record.curve.values()
     ]
     starts = [record.started_s for record in state.trials.values() if record.started_s is not None]
-    if not epochs or not state.slots:
+    if not epochs or not state.slot_changes:
         return None
     first, last = min(start for start, _ in epochs), max(starts)
-    at_work = sum(max(0.0, min(last, end) - max(first, start)) for start, end in state.attempts)
-    if at_work <= 0:
+    attempts = [(max(first, start), min(last, end)) for start, end in state.attempts]
+    available = math.fsum(slot_seconds(state.slot_changes, start, end) for start, end in attempts if end > start)
+    if available <= 0:
         return None
     trained = math.fsum(max(0.0, min(last, end) - max(first, start)) for start, end in epochs)
-    return float(trained / (state.slots * at_work))
+    return trained / available
+
+
+def slot_seconds(changes: Sequence[tuple[float, int]], start: float, end: float) -> float:
+    """The integral of the number of slots over a span of time; what holds first is taken to have held before.
+
+    Args:
+        changes: (time, slots from then on), in order; not empty.
+        start: of the span.
+        end: of the span, not before `start`.
+    """
+    times = [-math.inf, *(time for time, _ in changes[1:]), math.inf]
+    return math.fsum(
+        slots * max(0.0, min(end, until) - max(start, since))
+        for (_, slots), (since, until) in zip(changes, itertools.pairwise(times), strict=True)
+    )
+
+
+def trial_start_s(state: RunState) -> float | None:
+    """Median of `start_seconds` over the trials; None where it is known of none."""
+    known = [start_seconds(record, state) for record in state.trials.values()]
+    return statistics.median(found) if (found := [s for s in known if s is not None]) else None
+
+
+def start_seconds(record: TrialRecord, state: RunState) -> float | None:
+    """From a trial's proposal to its first step: what it costs to start one.
+
+    None for a trial without an epoch, and for one whose first driver was killed in between.
+    """
+    if record.proposed_s is None or not record.curve:
+        return None
+    first = record.curve[min(record.curve)]["started_s"]
+    whole = any(start <= record.proposed_s and first <= end for start, end in state.attempts)
+    return float(first - record.proposed_s) if whole else None

@@ -65,6 +65,7 @@ class GatedOptunaSearch(OptunaSearch):
         objective: local_tpe, or local_tpe,lambda: a study of two objectives.
         warm: trials of an earlier run, told to the study once, before anything is proposed.
         score: what a survivor is worth; None while that is not known, which leaves it untold, NaN fails it.
+        slots: how many trials may be under way at a time, as it is now.
         closed: asked before each new trial; True proposes no more.
         held: asked before each new trial; True proposes none for now.
     """
@@ -83,12 +84,13 @@ class GatedOptunaSearch(OptunaSearch):
         objective: str = "local_tpe",
         warm: Iterable[WarmTrial] = (),
         score: Callable[[TrialRecord], float | None] = best_local_tpe,
+        slots: Callable[[], float] = lambda: math.inf,
         closed: Callable[[], bool] = lambda: False,
         held: Callable[[], bool] = lambda: False,
     ) -> None:
         self._journal, self._points, self._num_samples = journal, list(points), num_samples
         self._run_seed, self._gate, self._score = run_seed, gate, score
-        self._closed, self._held = closed, held
+        self._slots, self._closed, self._held = slots, closed, held
         self._objectives = [OBJECTIVES[word] for word in objective.split(",")]
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # the terminal is the run's own display
         # A resumed study goes on with other draws than the first ones: the seed follows from how far it is.
@@ -135,13 +137,15 @@ class GatedOptunaSearch(OptunaSearch):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a string
         """The next trial: an unfinished one of an earlier driver, an enqueued point, or Optuna's proposal.
 
-        None for now while `held`.
+        None for now where every slot has its trial, or while `held`.
         """
+        number = len(self._journal.state.trials)
+        if not self._unfinished and (number >= self._num_samples or self._closed()):
+            return Searcher.FINISHED
+        if self._journal.state.open_trials - len(self._unfinished) >= self._slots():
+            return None
         if self._unfinished:
             return self._continue(trial_id, self._unfinished.pop(0))
-        number = len(self._journal.state.trials)
-        if number >= self._num_samples or self._closed():
-            return Searcher.FINISHED
         if self._held():
             return None
         trial = self._ask(number)

@@ -13,13 +13,13 @@ import torch
 from ray import tune
 from ray.actor import ActorHandle
 
-from nkat_ray.config import RunConfig
+from nkat_ray.config import RunConfig, TrialConfig
 from nkat_ray.data.selection import Selection
 from nkat_ray.metrics import LAMBDA_THEORY, LOCAL_TPE, lambda_theory, tpe_score
 from nkat_ray.model import count_nkat_parameters, count_parameters, create_nkat_vit
 from nkat_ray.search.callbacks import NOTICES
 from nkat_ray.search.gate import BEST_LOCAL_TPE
-from nkat_ray.search.resources import CPU_MEMORY_FRACTION, cpu_micro_batch
+from nkat_ray.search.resources import CPU_MEMORY_FRACTION, GPU_OVERHEAD_BYTES, cpu_micro_batch, peak_bytes
 from nkat_ray.search.space import trial_config
 from nkat_ray.search.vault import deposit
 from nkat_ray.train.checkpoint import WEIGHTS_FILE, first_whole_state, save_state, write_atomically
@@ -50,6 +50,18 @@ def device_for(gpus: float, cpus: int) -> torch.device:
     return torch.device("cpu")
 
 
+def gpu_memory_warning(config: TrialConfig, gpus: float) -> str | None:
+    """What the GPU itself says of a trial's share: one line where the trial may not fit, None where all is well."""
+    free, total = torch.cuda.mem_get_info()
+    share, needed = int(min(1.0, gpus) * total), peak_bytes(config) + GPU_OVERHEAD_BYTES
+    if needed > min(share, free):
+        return (
+            f"about {needed / 2**30:.1f} GiB of GPU memory are needed; its share is {share / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free: batches are split where they do not fit"
+        )
+    return None
+
+
 def train_trial(
     params: Mapping[str, Any],
     *,
@@ -73,6 +85,8 @@ def train_trial(
     cpus, gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0.0)
     device = device_for(gpus, cpus)
     notices: list[str] = []
+    if device.type == "cuda" and (warning := gpu_memory_warning(trial_config(run, params), gpus)):
+        notices.append(warning)
     trainer = _trainer(params, run=run, data=data, device=device, deadline_s=deadline_s, notice=notices.append)
     if device.type == "cpu":
         trainer.micro_batch = cpu_micro_batch(trainer.config, memory_bytes=memory_bytes)

@@ -25,6 +25,7 @@ from nkat_ray.search.projection import GateProjection
 from nkat_ray.search.resources import Cluster, slots, trial_share
 from nkat_ray.search.schedulers import VERDICTS, make_scheduler
 from nkat_ray.search.searcher import GatedOptunaSearch, best_local_tpe
+from nkat_ray.search.slots import Slots
 from nkat_ray.search.space import baseline_point, domains, round1_point, trial_config
 from nkat_ray.search.tracking import trackers_of
 from nkat_ray.search.trainable import Stage1Data, memory_for_trial, train_trial
@@ -43,6 +44,7 @@ def tune_stage1(
     listeners: Listeners,
     warm: Iterable[WarmTrial] = (),
     stage2: Stage2 | None = None,
+    look: Callable[[], Cluster] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> None:
     """Run Stage 1 to its end, or continue it; everything that happened is in the journal afterwards.
@@ -59,6 +61,7 @@ def tune_stage1(
         listeners: told what happens.
         warm: an earlier run's trials, for the sampler to learn from.
         stage2: validates survivors as they pass (`--feedback global`).
+        look: the cluster as it is at the moment: nodes join and leave.
         clock: seconds since 1970.
     """
     left_s = math.inf if run.stage1_hours is None else 3600 * run.stage1_hours - journal.state.earlier_s
@@ -76,19 +79,25 @@ def tune_stage1(
     def closed() -> bool:
         return expired() or enough()
 
+    def on_slots(number: int) -> None:
+        before = state.slot_changes[-1][1]
+        journal.write("slots", slots=number)
+        listeners.on_notice(f"the cluster has changed: {number} trials at a time, {before} before")
+
     at_a_time = slots(run, cluster)
+    now_at_a_time = Slots(at_a_time, look=lambda: slots(run, look() if look else cluster), on_change=on_slots)
     space = domains(run, fixed)
     searcher = GatedOptunaSearch(
         space, folder=folder, journal=journal, points=[baseline_point(run, space), round1_point(run, space)[0]],
         num_samples=run.num_samples, run_seed=run.seed, gate=run.gate, sampler=run.sampler, objective=run.objective,
         warm=warm, score=best_local_tpe if stage2 is None else stage2.score, closed=closed,
-        held=lambda: feedback is not None and feedback.holds(),
+        slots=now_at_a_time, held=lambda: feedback is not None and feedback.holds(),
     )  # fmt: skip
     listeners, tell, advance = _after(listeners, on_survivor=passed.add), searcher.tell, None
     feedback = None
     if stage2 is not None:
         feedback = Feedback(
-            stage2, state=state, gate=run.gate, slots=at_a_time, tell=searcher.tell,
+            stage2, state=state, gate=run.gate, slots=now_at_a_time, tell=searcher.tell,
             exhausted=lambda: len(state.trials) >= run.num_samples or closed(),
         )  # fmt: skip
         listeners = _after(listeners, on_survivor=feedback.on_survivor, on_trial_start=feedback.on_trial_start)
@@ -167,7 +176,7 @@ def _fit(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=open_trials,
-            max_concurrent_trials=at_a_time,
+            max_concurrent_trials=open_trials,  # the searcher knows how many, from one moment to the next
             # Starting a process and importing torch costs more than a short trial; but a process that waits for the
             # next one keeps its slot, which Stage 2 may need.
             reuse_actors=run.feedback == "off",

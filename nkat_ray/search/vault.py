@@ -51,6 +51,11 @@ def deposit(vault: ActorHandle[Any], trial: int, score: float, payload: bytes) -
     return True
 
 
+def release(vault: ActorHandle[Any], trial: int) -> None:
+    """Let a trial's weights go; does not wait. A vault that is gone holds nothing."""
+    vault.release.remote(trial)
+
+
 def withdraw(vault: ActorHandle[Any], trial: int) -> "ray.ObjectRef[bytes] | None":
     """Reference to a trial's weights; None if the vault is gone or never had them."""
     try:

@@ -27,7 +27,7 @@ STAGE2 = (
 )
 SUMMARY = (
     "preset gate lambda_model seed data n_trials stop_reasons survivors winner verdict targets training_share "
-    "wall_s versions exit_code"
+    "trial_start_s wall_s versions exit_code"
 )
 
 

@@ -57,7 +57,7 @@ class Loop:
         self.journal.write("run")
         self.stage2, self.told, self.exhausted = FakeStage2(self.journal), [], exhausted
         self.feedback = Feedback(
-            self.stage2, state=self.journal.state, gate=GATE, slots=SLOTS, exhausted=lambda: self.exhausted,
+            self.stage2, state=self.journal.state, gate=GATE, slots=lambda: SLOTS, exhausted=lambda: self.exhausted,
             tell=lambda record: self.told.append(record.trial),
         )  # fmt: skip
 

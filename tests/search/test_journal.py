@@ -87,7 +87,7 @@ def test_every_event_is_told(tmp_path: Path) -> None:
     assert (record.params, record.seed, record.study_number) == ({"depth": 5, "top_p": 0.8}, 100, 0)
     assert (sorted(record.curve), record.checkpoints) == ([1, 2], ["/c/0"])
     assert not state.trials[1].ended
-    assert (state.slots, state.stage1_done, state.ranked, state.notices) == (2, True, True, ["once"])
+    assert (state.slot_changes[-1][1], state.stage1_done, state.ranked, state.notices) == (2, True, True, ["once"])
     assert state.stage2[0, "mnist"]["val_tpe"] == 0.5
     assert state.tested[0, "mnist"]["test_accuracy"] == 0.9
 

@@ -167,9 +167,6 @@ def test_few_cores_beside_many_gpus_still_give_each_trial_one() -> None:
         (RunConfig(gpus_per_trial=0.5, cpus_per_trial=1), cluster(cpus=8, gpus=2), 4),
         (RunConfig(gpus_per_trial=0.5, cpus_per_trial=3), cluster(cpus=8, gpus=2), 2),
         (RunConfig(gpus_per_trial=1.0), cluster(cpus=8, gpus=0), 1),
-        (RunConfig(max_concurrent=20), dataclasses.replace(cluster(cpus=1), elastic=True), 20),  # nodes will come
-        (RunConfig(max_concurrent=20, num_samples=5), dataclasses.replace(cluster(cpus=1), elastic=True), 5),
-        (RunConfig(), dataclasses.replace(cluster(cpus=2), elastic=True), 2),
     ],
 )
 def test_slots(run: RunConfig, there_is: Cluster, expected: int) -> None:
@@ -201,3 +198,11 @@ def test_cluster_of_counts_living_nodes_and_takes_the_smallest_memory() -> None:
     expected = Cluster(cpus=12, gpus=2.0, nodes=2, memory_bytes=3_000_000_000, gpu_bytes=24 * GB, cpus_a_gpu=4.0)
     assert cluster_of(nodes, gpu_bytes=24 * GB) == expected
     assert cluster_of(nodes, gpu_bytes=None).gpu_bytes == 16 * GB
+
+
+def test_the_memory_of_nodes_that_have_not_come_is_unknown_and_does_not_count() -> None:
+    nodes: list[dict[str, Any]] = [
+        {"Alive": True, "Resources": {"CPU": 0.0, "memory": 3.0e9}}, {"Alive": True, "Resources": {"CPU": 4, "GPU": 1}}
+    ]  # fmt: skip
+    assert cluster_of(nodes, gpu_bytes=None).memory_bytes == 3_000_000_000
+    assert cluster_of(nodes[1:], gpu_bytes=None).memory_bytes == 0

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from nkat_ray.config import RunConfig
 from nkat_ray.search.journal import RunState, TrialRecord
-from nkat_ray.search.rows import curve_rows, training_share, trial_row, trial_rows
+from nkat_ray.search.rows import curve_rows, start_seconds, training_share, trial_row, trial_rows, trial_start_s
 
 
 def record(trial: int = 0, **fields: Any) -> TrialRecord:
@@ -24,7 +25,11 @@ def row(epoch: int, score: float = 0.3, *, started_s: float = 0.0, epoch_s: floa
 
 
 def state_of(*records: TrialRecord, attempts: list[tuple[float, float]], slots: int | None = 1) -> RunState:
-    return RunState(trials={r.trial: r for r in records}, attempts=attempts, slots=slots)
+    return RunState(
+        trials={r.trial: r for r in records},
+        attempts=attempts,
+        slot_changes=[] if slots is None else [(attempts[0][0], slots)],
+    )
 
 
 # --- trials.parquet ---------------------------------------------------------------------------------------------------
@@ -41,7 +46,8 @@ def test_a_finished_trial() -> None:
     assert found == config | {
         "trial": 3, "trial_id": "abc", "stop_reason": "finished", "stop_detail": "epoch 3", "error": None, "epochs": 3,
         "best_epoch": 2, "best_val_accuracy": 0.7, "best_local_tpe": 0.7, "lambda_theory": 22.0, "passed_gate": True,
-        "seed": 7, "gpus": 0.25, "cpus": 2, "node": "host", "started_s": 10.0, "train_s": 30.0, "wall_s": 40.0,
+        "seed": 7, "gpus": 0.25, "cpus": 2, "node": "host", "started_s": 10.0, "start_s": None, "train_s": 30.0,
+        "wall_s": 40.0,
     }  # fmt: skip
 
 
@@ -102,7 +108,7 @@ def brute_force_share(state: RunState, *, step: float = 0.5) -> float | None:
     """Looks at the middle of every tick of the time line: who trains, and how many slots are there?"""
     starts = [r.started_s for r in state.trials.values() if r.started_s is not None]
     epochs = [(e["started_s"], e["started_s"] + e["epoch_s"]) for r in state.trials.values() for e in r.curve.values()]
-    if not epochs or not starts or not state.slots:
+    if not epochs or not starts or not state.slot_changes:
         return None
     first, last = min(start for start, _ in epochs), max(starts)
     trained = available = 0
@@ -111,7 +117,7 @@ def brute_force_share(state: RunState, *, step: float = 0.5) -> float | None:
         if not first <= now <= last:
             continue
         if any(start <= now <= end for start, end in state.attempts):
-            available += state.slots
+            available += [n for since, n in state.slot_changes if since <= now][-1]
         trained += sum(start <= now <= end for start, end in epochs)
     return trained / available if available else None
 
@@ -134,9 +140,11 @@ def timelines(draw: st.DrawFn) -> RunState:
             curve[epoch] = row(epoch, started_s=float(now), epoch_s=float(length))
             now += length
         trials[number] = record(number, started_s=float(begin), curve=curve)
+    changes = sorted({0, *draw(st.lists(st.integers(1, end), max_size=3))})
     return RunState(
-        trials=trials, attempts=[(0.0, float(pause[0])), (float(pause[1]), float(end))], slots=draw(st.integers(1, 4))
-    )
+        trials=trials, attempts=[(0.0, float(pause[0])), (float(pause[1]), float(end))],
+        slot_changes=[(float(since), draw(st.integers(1, 4))) for since in changes],
+    )  # fmt: skip
 
 
 @given(timelines())
@@ -155,6 +163,12 @@ def test_training_share_is_unknown_where_no_trial_waited() -> None:
     assert training_share(state_of(*both, attempts=[(0.0, 40.0)], slots=2)) is None
 
 
+def test_a_node_that_joins_late_counts_from_then_on() -> None:
+    both = [record(n, started_s=20.0 * n, curve={1: row(1, started_s=20.0 * n, epoch_s=20.0)}) for n in range(2)]
+    state = dataclasses.replace(state_of(*both, attempts=[(0.0, 40.0)]), slot_changes=[(0.0, 1), (10.0, 3)])
+    assert training_share(state) == pytest.approx(20 / (10 + 3 * 10))
+
+
 @pytest.mark.parametrize(
     "state",
     [
@@ -165,3 +179,27 @@ def test_training_share_is_unknown_where_no_trial_waited() -> None:
 )
 def test_training_share_is_unknown_where_nothing_was_trained(state: RunState) -> None:
     assert training_share(state) is None
+
+
+# --- what it costs to start a trial -----------------------------------------------------------------------------------
+
+
+def test_a_start_lasts_from_the_proposal_to_the_first_step() -> None:
+    trial = record(proposed_s=110.0, started_s=110.1, curve={2: row(2, started_s=130.0), 1: row(1, started_s=110.4)})
+    assert start_seconds(trial, state_of(trial, attempts=[(100.0, 200.0)])) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("proposed_s", "curve"), [(None, {1: row(1, started_s=5.0)}), (1.0, {}), (1.0, {1: row(1, started_s=60.0)})]
+)
+def test_a_start_is_unknown_without_an_epoch_and_across_drivers(
+    proposed_s: float | None, curve: dict[int, dict[str, Any]]
+) -> None:
+    trial = record(proposed_s=proposed_s, curve=curve)
+    assert start_seconds(trial, state_of(trial, attempts=[(0.0, 10.0), (50.0, 90.0)])) is None
+
+
+def test_the_runs_start_time_is_the_median_of_what_is_known() -> None:
+    known = [record(n, proposed_s=0.0, curve={1: row(1, started_s=s)}) for n, s in enumerate((9.0, 0.2, 0.3))]
+    assert trial_start_s(state_of(*known, record(3), attempts=[(0.0, 20.0)])) == 0.3
+    assert trial_start_s(state_of(record(), attempts=[(0.0, 20.0)])) is None
