@@ -209,7 +209,9 @@ def _evaluate(argv: Sequence[str]) -> int:
     from nkat_ray.commands.evaluate import EvaluateConfig, evaluate, with_defaults_of
 
     folders = [Path(arg) for arg in argv if not arg.startswith("-") and Path(arg).is_dir()]
-    default = with_defaults_of(folders[0]) if folders and not {"-h", "--help"} & set(argv) else None
+    official = "official" in typed_flags(argv)
+    helped = {"-h", "--help"} & set(argv)
+    default = with_defaults_of(folders[0], official=official) if folders and not helped else None
     config = parse(EvaluateConfig, argv, prog="nkat evaluate", default=default)
     return _on_screen(config, lambda screen: evaluate(config, screen))
 

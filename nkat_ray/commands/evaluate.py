@@ -22,7 +22,7 @@ from nkat_ray.config import (
 )
 from nkat_ray.metrics import STAGE2_DATASETS
 from nkat_ray.outputs import FAULT, SURVIVED, data_phrase
-from nkat_ray.prepare import config_of_json, describe_data, open_datasets, refuse_other_data
+from nkat_ray.prepare import Datasets, config_of_json, describe_data, open_datasets, refuse_other_data
 from nkat_ray.report import results, tables
 from nkat_ray.report.terminal import Progress, Screen, final_report, result_lines
 from nkat_ray.run import survivor_of
@@ -62,18 +62,33 @@ class EvaluateConfig(DataConfig, ScreenConfig):
     address: str | None = None
     """Ray: an address, `auto` or `local`."""
     out: Path | None = None
-    """Folder for the results. Default: <target>/evaluations/<UTC time>."""
+    """Folder for the results. Default: <target>/evaluations/<UTC time>; with --official <target>/official."""
+    official: bool = False
+    """Train the run's winner anew, in full, with several seeds, and evaluate each: the official recalculation. The same
+    command again continues it."""
+    seeds: int = 3
+    """Seeds of --official, 1..100."""
+    train_images: OptionalInt = None
+    """CIFAR-10 images that --official trains on (stratified, fixed), >= 10; off takes all that validation leaves."""
     verbose: bool = False
     """Show Ray's own output too."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.seeds <= 100:
+            raise ValueError(f"seeds is {self.seeds}; allowed: 1..100")
+        if not self.official and self.train_images is not None:
+            raise ValueError(f"train_images is {self.train_images}; only --official trains on CIFAR-10; add it")
+
 
 SHARED = sorted(  # flags that a run has too; what the screen shows is this command's own
-    (set(field_names(EvaluateConfig)) & set(field_names(RunConfig))) - set(field_names(ScreenConfig))
+    (set(field_names(EvaluateConfig)) & set(field_names(RunConfig))) - {*field_names(ScreenConfig), "train_images"}
 )
+LIMITS = ("transfer_images", "test_images")
 
 
-def with_defaults_of(target: Path) -> EvaluateConfig:
-    """What the command does by itself: a run is evaluated as it would evaluate itself, on its own data.
+def with_defaults_of(target: Path, *, official: bool = False) -> EvaluateConfig:
+    """What the command does by itself: a run is evaluated as it would evaluate itself, on its own data; officially, on
+    all of it.
 
     Raises:
         ValueError: the target is neither a run nor a model.
@@ -82,7 +97,8 @@ def with_defaults_of(target: Path) -> EvaluateConfig:
     if not _is_run(target):
         return EvaluateConfig(target=target)
     saved = config_of_json(json.loads((target / CONFIG_FILE).read_text()))
-    return EvaluateConfig(target=target, **{name: getattr(saved, name) for name in SHARED})
+    taken = [name for name in SHARED if not (official and name in LIMITS)]
+    return EvaluateConfig(target=target, **{name: getattr(saved, name) for name in taken})
 
 
 def evaluate(config: EvaluateConfig, screen: Screen) -> int:
@@ -97,16 +113,18 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
     from nkat_ray.search.vault import open_vault
 
     _refuse_neither(config.target)
-    run = _run_config(config)
+    if config.official:
+        from nkat_ray.commands.official import recalculate
+
+        return recalculate(config, screen)
+    run = run_config(config)
     records = _passed(config.target, run.gate) if _is_run(config.target) else []
     out = config.out or config.target / "evaluations" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if out.exists():
         raise ValueError(f"out is {str(out)!r}; it exists; choose another folder")
     run, datasets = open_datasets(run, screen)
     if _is_run(config.target):
-        saved = json.loads((config.target / CONFIG_FILE).read_text())["found"]
-        before = {name: saved.get(name, described) for name, described in describe_data(datasets).items()}
-        datasets = refuse_other_data(before, datasets)
+        datasets = refuse_other_than_the_runs(config.target, datasets)
     out.mkdir(parents=True)
     (out / CONFIG_FILE).write_text(json.dumps(tables.plain(dataclasses.asdict(config)), indent=2) + "\n")
     journal = Journal(out)
@@ -133,6 +151,17 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
     return code
 
 
+def refuse_other_than_the_runs(target: Path, datasets: Datasets) -> Datasets:
+    """The datasets as the run had them; those that it did not have are taken as they are.
+
+    Raises:
+        ValueError: one of them has other images now.
+    """
+    saved = json.loads((target / CONFIG_FILE).read_text())["found"]
+    before = {name: saved.get(name, described) for name, described in describe_data(datasets).items()}
+    return refuse_other_data(before, datasets)
+
+
 def _is_run(target: Path) -> bool:
     return (target / JOURNAL_FILE).exists() and (target / CONFIG_FILE).exists()
 
@@ -142,7 +171,7 @@ def _refuse_neither(target: Path) -> None:
         raise ValueError(f"target is {str(target)!r}; it is neither a run's folder nor a model with {WEIGHTS_FILE}")
 
 
-def _run_config(config: EvaluateConfig) -> RunConfig:
+def run_config(config: EvaluateConfig) -> RunConfig:
     """The run's configuration (a model alone has the trial that made it), with this command's flags."""
     flags = {name: getattr(config, name) for name in SHARED}
     if _is_run(config.target):

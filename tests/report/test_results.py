@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+import scipy.stats
 
 from nkat_ray.metrics import STAGE2_DATASETS
 from nkat_ray.report import results, tables
@@ -181,3 +182,53 @@ def test_optuna_is_told_the_mean_over_the_datasets() -> None:
     assert math.isnan(told(mnist=("failed", 0.1, None)))
     assert math.isnan(told(mnist=("missing", None, None)))
     assert math.isnan(told())
+
+
+# --- the official recalculation ---------------------------------------------------------------------------------------
+
+
+def seeds_of(stage2_rows: Rows, means: list[float], spread: float = 0.0) -> list[tables.Row]:
+    """A seed a mean: one accuracy lies far below it, three a `spread` above; lambda 9: a TPE is its accuracy."""
+    steps = (1, 1, 1, -3)
+    return [
+        row
+        for seed, mean in enumerate(means)
+        for row in stage2_rows(seed, 9, {name: mean + spread * step for name, step in zip(ALL, steps, strict=True)})
+    ]
+
+
+def test_the_officials_interval_is_students_t_and_the_test_images_in_quadrature(stage2_rows: Rows) -> None:
+    means = [0.80, 0.82, 0.87]
+    found = results.official(seeds_of(stage2_rows, means), [0, 1, 2])
+    assert found.global_tpe == pytest.approx(sum(means) / 3)
+    spread = scipy.stats.t(2).ppf(0.975) * scipy.stats.sem(means)
+    bounds = [results.global_interval(seeds_of(stage2_rows, means), seed) for seed in range(3)]
+    below = sum(mean - low for mean, (low, _) in zip(means, bounds, strict=True)) / 3
+    above = sum(high - mean for mean, (_, high) in zip(means, bounds, strict=True)) / 3
+    expected = (found.global_tpe - math.hypot(spread, below), found.global_tpe + math.hypot(spread, above))
+    assert found.interval == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("means", "spread", "status", "word"),
+    [
+        ([0.80, 0.81, 0.80], 0.0, "reached", "over 3 seeds"),
+        ([0.60, 0.61, 0.60], 0.0, "not reached", "below the target"),
+        ([0.60, 0.75, 0.80], 0.0, "undecided", "not distinct"),
+        ([0.80], 0.0, "undecided", "not distinct"),  # one seed says nothing of the spread
+        ([0.80, 0.81, 0.80], 0.13, "not reached", "Consistency"),
+    ],
+)
+def test_official_verdict(stage2_rows: Rows, means: list[float], spread: float, status: str, word: str) -> None:
+    rows = seeds_of(stage2_rows, means, spread)
+    verdict = results.official(rows, list(range(len(means)))).verdict
+    assert verdict.status == status
+    assert word in verdict.sentence
+
+
+def test_a_seed_that_lost_a_dataset_leaves_the_official_verdict_open(stage2_rows: Rows) -> None:
+    rows = [*stage2_rows(0, 9, ALL), *stage2_rows(1, 9, {**ALL, "cifar10": None})]
+    found = results.official(rows, [0, 1])
+    assert found.verdict.status == "undecided"
+    assert "only 3 of 4" in found.verdict.sentence
+    assert found.robustness == pytest.approx(0.875)

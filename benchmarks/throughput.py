@@ -1,0 +1,173 @@
+"""Images a second of training from end to end: ours against the loops that people write.
+
+All train the same shape (stem, width, depth, tokens) with the recipe's whole pack (crop with reflection, flip,
+RandAugment 2/9, Cutout 8, Mixup or CutMix), AdamW, clipping and an averaged model, on real CIFAR-10 images:
+
+- ours: `nkat_ray.train.loop.Trainer`, NKAT-ViT with its filter and modulation;
+- torchvision: timm's VisionTransformer in a plain PyTorch loop, torchvision's transforms image by image in a DataLoader
+  with 0 and 2 worker processes, timm's Mixup and averaged model;
+- timm: the same loop with timm's own transforms (rand-m9-n2, random erasing for Cutout).
+
+Rounds are interleaved; a ratio is the median of the rounds' ratios. A round takes each contender's images through an
+epoch that is warm: DataLoader's processes are started before the clock, as in the second epoch of a training.
+
+    python benchmarks/throughput.py --threads 1
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from augment import Cutout
+from model_cost import plain_vit
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from timm.data import Mixup, create_transform
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from nkat_ray.config import STAGE1_DATASET, DataConfig, TrialConfig
+from nkat_ray.data import Dataset as Images
+from nkat_ray.data import open_dataset
+from nkat_ray.data.selection import Limits, select_images
+from nkat_ray.model import create_nkat_vit
+from nkat_ray.train.loop import ImageSet, Trainer
+
+SHAPES = {"384 x 7, the notes' baseline": {}, "128 x 4": {"embed_dim": 128, "depth": 4}}
+MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(DataConfig):
+    """What is measured, and how often."""
+
+    rounds: int = 5
+    """Interleaved rounds, after one that is not counted."""
+    images: int = 1280
+    """Images of a round and contender; a multiple of 128."""
+    threads: int = 1
+    """Torch's threads, the same for all. DataLoader's workers come on top."""
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    found = open_dataset(STAGE1_DATASET, args, notice=print)
+    assert isinstance(found, Images), found
+    selection = select_images(found, Limits(100, args.images))
+    for title, shape in SHAPES.items():
+        config = replace(TrialConfig(), epochs=10_000, **shape)  # the schedule never ends
+        epochs = contenders(config, selection, args)
+        speeds: dict[str, list[float]] = {name: [] for name in epochs}
+        for number in range(args.rounds + 1):
+            for name, epoch in epochs.items():
+                seconds = next(epoch)
+                if number:
+                    speeds[name].append(args.images / seconds)
+        show(title, speeds, args)
+
+
+def contenders(config: TrialConfig, selection: Any, args: Args) -> dict[str, Iterator[float]]:
+    """Each yields the seconds of one epoch after another."""
+    pictures = [Image.fromarray(image.transpose(1, 2, 0)) for image in selection.images[selection.train_index]]
+    labels = selection.labels[selection.train_index].tolist()
+    num_ops, magnitude = config.randaugment or (0, 0)
+    per_image = transforms.Compose([
+        transforms.RandomCrop(32, padding=4, padding_mode="reflect"), transforms.RandomHorizontalFlip(),
+        transforms.RandAugment(num_ops, magnitude), transforms.ToTensor(), transforms.Normalize(MEAN, STD),
+        Cutout(config.cutout or 0),
+    ])  # fmt: skip
+    timms = create_transform(
+        input_size=32, is_training=True, auto_augment="rand-m9-n2", re_prob=1.0, re_count=1, mean=MEAN, std=STD,
+        interpolation="bilinear", scale=(0.8, 1.0),
+    )  # fmt: skip
+    return {
+        "ours": ours(config, selection),
+        "torchvision, 0 workers": plain(config, Pictures(pictures, labels, per_image), workers=0),
+        "torchvision, 2 workers": plain(config, Pictures(pictures, labels, per_image), workers=2),
+        "timm, 0 workers": plain(config, Pictures(pictures, labels, timms), workers=0),
+        "timm, 2 workers": plain(config, Pictures(pictures, labels, timms), workers=2),
+    }
+
+
+def ours(config: TrialConfig, selection: Any) -> Iterator[float]:
+    device = torch.device("cpu")
+    train = ImageSet(selection.images, selection.labels, selection.train_index, device)
+    mean, std = train.statistics()
+    trainer = Trainer(
+        create_nkat_vit(config, num_classes=10, mean=mean, std=std), config, train=train,
+        val=ImageSet(selection.images, selection.labels, selection.val_index, device), num_classes=10, flip=True,
+        mean=mean, std=std, seed=0, device=device, notice=print,
+    )  # fmt: skip
+    for result in trainer.epochs():
+        yield len(train) / result.images_per_s  # training alone, without validation
+
+
+class Pictures(Dataset[Any]):
+    """Decoded images, so that no contender pays for decoding."""
+
+    def __init__(self, pictures: list[Image.Image], labels: list[int], transform: Callable[..., Tensor]) -> None:
+        self._pictures, self._labels, self._transform = pictures, labels, transform
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(self._pictures[index]), self._labels[index]
+
+
+def plain(config: TrialConfig, pictures: Pictures, *, workers: int) -> Iterator[float]:
+    """The loop as training scripts have it."""
+    model: nn.Module = plain_vit(config)
+    average = ModelEmaV3(model, decay=config.ema or 0.0, use_warmup=True)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
+    mixing = Mixup(
+        mixup_alpha=0.2, cutmix_alpha=1.0, prob=config.mixup + config.cutmix, num_classes=10,
+        switch_prob=config.cutmix / (config.mixup + config.cutmix), label_smoothing=config.label_smoothing,
+    )  # fmt: skip
+    loader = DataLoader(
+        pictures, batch_size=config.batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
+    if workers:
+        next(iter(loader))  # starts the processes
+    step = 0
+    while True:
+        model.train()
+        start = time.perf_counter()
+        for images, labels in loader:
+            inputs, targets = mixing(images, labels)
+            loss = F.cross_entropy(model(inputs), targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or np.inf)
+            optimizer.step()
+            average.update(model, step=step)
+            step += 1
+        yield time.perf_counter() - start
+
+
+def show(title: str, speeds: dict[str, list[float]], args: Args) -> None:
+    table = Table(
+        "loop", "images/s", "smallest to largest", "ours is so many times as fast", "smallest to largest",
+        title=f"{title}, batch 128, {args.rounds} rounds of {args.images} images, {args.threads} threads",
+    )  # fmt: skip
+    for name, values in speeds.items():
+        ratios = [a / b for a, b in zip(speeds["ours"], values, strict=True)]
+        table.add_row(
+            name, f"{statistics.median(values):.0f}", f"{min(values):.0f} to {max(values):.0f}",
+            f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
