@@ -344,6 +344,8 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
     """Also stop (reason `gate`) a trial whose projected upper bound is below the gate; silent until 10 finished."""
     max_failures: int = 2
     """Times a trial is retried from its checkpoint after a fault, 0..100."""
+    checkpoint_epochs: int = 1
+    """Epochs between a trial's checkpoints, 1..1000; a survivor's better weights are always written at once."""
     stage1_hours: OptionalFloat = None
     """Hours after which Stage 1 starts and continues no trial (reason `budget`), > 0; off for no limit."""
     transfer: Transfer = "finetune"
@@ -400,6 +402,7 @@ class RunConfig(TrialConfig, DataConfig, ScreenConfig):
         self._between("smoke_epoch", low=1)
         self._between("smoke_accuracy", low=0, high=1)
         self._between("max_failures", low=0, high=100)
+        self._between("checkpoint_epochs", low=1, high=1000)
         self._between("stage1_hours", low=0, open_low=True)
         self._check("transfer", self.transfer in get_args(Transfer), f"allowed: {', '.join(get_args(Transfer))}")
         self._between("transfer_epochs", low=1, high=1000)

@@ -45,7 +45,8 @@ from nkat_ray.search.storage import CONFIG_FILE, RunStorage, check_writable, run
 from nkat_ray.search.tracking import refuse_absent
 
 STAGE2_FOLDER = "stage2"  # weights of each survivor on each dataset
-SNAPSHOT_S = 10.0  # least time between two writings of the tables while a run goes on
+SNAPSHOT_S = 10.0  # least time between two writings of the tables while a run goes on,
+SNAPSHOT_SHARE = 0.05  # and the largest share of the driver's time that they take: they grow with the trials
 
 
 @dataclass
@@ -59,7 +60,7 @@ class _Run:
     journal: Journal
     console: Screen
     board: TensorBoardLog
-    snapshot_s: float = 0.0
+    next_snapshot_s: float = 0.0
 
 
 def start(config: RunConfig, fixed: Collection[str], console: Screen) -> int:
@@ -458,14 +459,16 @@ def survivor_of(record: TrialRecord, config: RunConfig, cluster: Any) -> Any:
 def _snapshot(run: _Run, progress: Progress) -> None:
     """Write the tables as far as the run is, and mirror them; a bucket that does not answer now is asked again
     later."""
-    if time.monotonic() - run.snapshot_s < SNAPSHOT_S:
+    started_s = time.monotonic()
+    if started_s < run.next_snapshot_s:
         return
     try:
         write_tables(run.storage.local, run.config, run.journal.state)
         run.storage.push()
     except OSError as error:
         _notice(run, progress, f"the run's files could not be written or mirrored just now ({error})")
-    run.snapshot_s = time.monotonic()
+    now_s = time.monotonic()
+    run.next_snapshot_s = now_s + max(SNAPSHOT_S, (now_s - started_s) / SNAPSHOT_SHARE)
 
 
 def _finish(run: _Run, code: int) -> None:

@@ -96,6 +96,7 @@ RUN_RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("smoke_epoch", [0, -1, NAN], [1, 10_000]),
     ("smoke_accuracy", [-0.1, 1.1, 45, NAN], [0, 1]),
     ("max_failures", [-1, 101, NAN], [0, 100]),
+    ("checkpoint_epochs", [0, 1001, NAN], [1, 1000]),
     ("stage1_hours", [0, -1, NAN, INF], [0.001, 1000, None]),
     ("transfer", ["", "freeze"], ["finetune", "probe", "scratch"]),
     ("transfer_epochs", [0, 1001, NAN], [1, 1000]),

@@ -2,13 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/search/load.py
     OMP_NUM_THREADS=1 python benchmarks/search/load.py --part searcher
+    OMP_NUM_THREADS=1 python benchmarks/search/load.py --part files
 
 `control`: results and ends go through Ray's real TuneController (its result path and stop_trial; only actors and
 processes are left out, which 1,000 slots would need a cluster for) to our gate with its projection, our ASHA and our
 JournalCallback with a journal on disk. CPU time of each part is summed a result (ends included) and shown for the
 results that came while so many trials had ended; the rest of the controller's time is Ray's, as is nearly all of ASHA
 (percentile of a rung). `searcher`: a study and a journal that already hold so many trials, then the CPU time of one
-`suggest` and one `tell`; most of a suggest is Optuna's TPESampler.
+`suggest` and one `tell`; most of a suggest is Optuna's TPESampler. `files`: a journal of so many trials of 12 epochs;
+what its files weigh, and the CPU time of reading the journal (a resume) and of writing the tables (a snapshot).
 """
 
 import argparse
@@ -28,11 +30,13 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from nkat_ray.config import SPACES
+from nkat_ray.config import SPACES, RunConfig
 from nkat_ray.metrics import EPOCH, LOCAL_TPE, TRAIN_LOSS, VAL_ACCURACY
-from nkat_ray.search.callbacks import JournalCallback, Listeners
+from nkat_ray.outputs import write_tables
+from nkat_ray.report.tensorboard import TensorBoardLog
+from nkat_ray.search.callbacks import ROW_KEYS, JournalCallback, Listeners
 from nkat_ray.search.gate import LocalTPEGate
-from nkat_ray.search.journal import Journal
+from nkat_ray.search.journal import Journal, read_state
 from nkat_ray.search.projection import GateProjection
 from nkat_ray.search.scheduler import ResumableASHA
 from nkat_ray.search.searcher import GatedOptunaSearch
@@ -194,9 +198,44 @@ def searcher(size: int, repeats: int, seed: int, folder: Path) -> tuple[float, f
     return 1e3 * statistics.median(suggests), 1e3 * statistics.median(tells)
 
 
+def files(size: int, folder: Path) -> tuple[float, float, float, float, float]:
+    """Bytes of journal and TensorBoard a trial, bytes of the tables a trial, seconds of a resume and of a snapshot."""
+    run = RunConfig()
+    journal, board = Journal(folder), TensorBoardLog(folder / "tensorboard", {})
+    journal.write("run")
+    scalars = {
+        f"nkat/{name}/block_{b}": 0.1234567
+        for name in ("alpha", "beta", "attention_gain", "mlp_gain")
+        for b in range(7)
+    }
+    entropies = {f"attention/entropy/block_{b}": 1.234567 for b in range(7)}
+    shown = min(size, 20)  # of TensorBoard, which has a file a trial
+    for number in range(size):
+        journal.write("proposed", trial=number, params={"depth": 7}, seed=number, study_number=number)
+        journal.write("started", trial=number, trial_id=f"{number:08d}")
+        for epoch in range(1, 13):
+            row = dict.fromkeys(ROW_KEYS, 0.1234567) | {EPOCH: epoch, "node": "ip-10-0-0-1"} | scalars | entropies
+            checkpoint = f"s3://bucket/runs/name/tune/attempt_001/train_trial_{number:08d}/checkpoint_{epoch:06d}"
+            journal.write("result", trial=number, row=row, checkpoint=checkpoint)
+            if number < shown:
+                board.on_result(number, row)
+        journal.write("end", trial=number, stop_reason="asha", stop_detail="epoch 12: not among the best", error=None)
+    journal.close()
+    board.close()
+    events = sum(path.stat().st_size for path in (folder / "tensorboard").rglob("*") if path.is_file())
+    clock = time.process_time()
+    state = read_state(folder)
+    resume_s = time.process_time() - clock
+    clock = time.process_time()
+    write_tables(folder, run, state)
+    snapshot_s = time.process_time() - clock
+    weight = sum(path.stat().st_size for path in folder.glob("*.parquet")) / size
+    return journal.path.stat().st_size / size, events / shown, weight, resume_s, snapshot_s
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("control", "searcher"), default="control")
+    parser.add_argument("--part", choices=("control", "searcher", "files"), default="control")
     parser.add_argument("--trials", type=int, default=SIZES[-1])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5)
@@ -204,6 +243,16 @@ def main() -> None:
     if arguments.part == "control":
         with tempfile.TemporaryDirectory() as folder:
             print_control(control(arguments.trials, arguments.seed, Path(folder)))
+        return
+    if arguments.part == "files":
+        print(
+            "| trials | journal, bytes each | TensorBoard, bytes each | tables, bytes each | resume, s | snapshot, s |"
+        )
+        print("|---|---|---|---|---|---|")
+        for size in SIZES:
+            with tempfile.TemporaryDirectory() as folder:
+                a, b, c, resume_s, snapshot_s = files(size, Path(folder))
+            print(f"| {size} | {a:,.0f} | {b:,.0f} | {c:,.0f} | {resume_s:.2f} | {snapshot_s:.2f} |", flush=True)
         return
     print("| trials in the study | suggest, ms | tell, ms |\n|---|---|---|")
     for size in SIZES:

@@ -71,7 +71,8 @@ def train_trial(
     deadline_s: float,
     memory_bytes: int,
 ) -> None:
-    """Train one trial, reporting every epoch, each report with a checkpoint.
+    """Train one trial, reporting every epoch; a report has a checkpoint every `checkpoint_epochs` epochs, at the last
+    epoch, and whenever a survivor got better.
 
     Args:
         params: the proposed values, with `trial`, `seed`, and `resume_from` (checkpoints of an earlier driver, newest
@@ -101,9 +102,9 @@ def train_trial(
     facts["nkat_parameters"] = count_nkat_parameters(trainer.model)
     facts["parameters"] = count_parameters(trainer.model)
     for result in trainer.epochs():
-        score = _score(result, lam)
+        score, better = _score(result, lam), False
         if score > best:  # False for NaN
-            best = score
+            best, better = score, True
             weights = trainer.weights(
                 dataset=data.name, grey=data.grey, val_accuracy=result.val_accuracy, seed=params["seed"]
             ).to_bytes()
@@ -113,7 +114,9 @@ def train_trial(
         if math.isfinite(score):
             row |= trainer.attention_entropy()
             row |= trainer.nkat_scalars()
-        with _checkpoint(trainer, best, weights, finite=math.isfinite(score)) as checkpoint:
+        due = result.epoch % run.checkpoint_epochs == 0 or result.epoch == run.epochs
+        kept = math.isfinite(score) and (due or (better and best >= run.gate))
+        with _checkpoint(trainer, best, weights, kept=kept) as checkpoint:
             tune.report({**row, NOTICES: list(notices)}, checkpoint=checkpoint)
         notices.clear()
 
@@ -177,13 +180,13 @@ def _elder_siblings(checkpoint: tune.Checkpoint) -> Iterator[tune.Checkpoint]:
 
 @contextmanager
 def _checkpoint(
-    trainer: Trainer, best: float, weights: bytes | None, *, finite: bool
+    trainer: Trainer, best: float, weights: bytes | None, *, kept: bool
 ) -> Iterator[tune.Checkpoint | None]:
     """A folder with the training's state and best weights, until Tune has stored it.
 
-    An epoch whose loss was not finite leaves no checkpoint: the last finite state is kept.
+    None unless `kept`. An epoch whose loss was not finite never is: the last finite state stays.
     """
-    if not finite:
+    if not kept:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="nkat-") as folder:

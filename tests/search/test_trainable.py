@@ -9,11 +9,12 @@ import pytest
 import torch
 from ray import tune
 
+from nkat_ray.config import TrialConfig
 from nkat_ray.metrics import lambda_notes
 from nkat_ray.model.capture import nkat_scalars
 from nkat_ray.search import trainable
 from nkat_ray.search.callbacks import ROW_KEYS
-from nkat_ray.search.trainable import device_for, memory_for_trial, train_trial
+from nkat_ray.search.trainable import device_for, gpu_memory_warning, memory_for_trial, train_trial
 from nkat_ray.train.checkpoint import STATE_FILE, WEIGHTS_FILE, Weights, load_state
 from nkat_ray.train.loop import Trainer
 
@@ -311,6 +312,18 @@ def test_the_best_so_far_is_carried_over(train: Callable[..., FakeTune], scripte
     assert Weights.from_bytes((second.checkpoints[-1] / WEIGHTS_FILE).read_bytes()).epoch == 2
 
 
+def test_fewer_checkpoints_keep_the_last_epoch_and_every_survivors_better_weights(
+    train: Callable[..., FakeTune], scripted: Any
+) -> None:
+    scripted([0.1, 0.2, 0.9, 0.8, 0.95, 0.3, 0.4])
+    fake = train(run={"epochs": 7, "checkpoint_epochs": 4, "gate": 0.5})
+    kept = [epoch for epoch, path in enumerate(fake.checkpoints, 1) if path is not None]
+    assert kept == [3, 4, 5, 7]
+    last = fake.checkpoints[-1]
+    assert last is not None
+    assert Weights.from_bytes((last / WEIGHTS_FILE).read_bytes()).epoch == 5
+
+
 # --- its share of the machine -----------------------------------------------------------------------------------------
 
 
@@ -346,6 +359,24 @@ def test_a_share_of_a_gpu_limits_its_memory(monkeypatch: pytest.MonkeyPatch, gpu
 def test_a_cpu_trial_beside_gpus_stays_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device_for(0.0, 1) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "free", "said"),
+    [
+        (0.5, 1.0, None),
+        (0.001, 1.0, "its share is 0.1 GiB"),  # the trial needs more than it asked for
+        (0.5, 0.001, "0.1 GiB are free"),  # others hold the GPU's memory
+        (2.0, 1.0, None),
+    ],
+)
+def test_the_gpu_itself_is_asked_whether_a_trial_fits(
+    monkeypatch: pytest.MonkeyPatch, gpus: float, free: float, said: str | None
+) -> None:
+    total = 80 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * total), total))
+    warning = gpu_memory_warning(TrialConfig(), gpus)
+    assert warning is None if said is None else said in str(warning)
 
 
 def test_with_little_memory_the_batch_is_computed_in_parts(train: Callable[..., FakeTune], whole: FakeTune) -> None:
