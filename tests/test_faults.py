@@ -297,10 +297,10 @@ def test_a_stage_2_whose_nodes_die_twice_counts_that_dataset_as_failed(nodes: No
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder of 16 MB on a disk of its own."""
+    """A folder of 32 MB on a disk of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip("this machine does not allow a file system to be mounted (mount -t tmpfs)")
     yield folder
@@ -310,7 +310,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(folder: Path, *, leave: int) -> Path:
     """Fill the disk but for so many bytes."""
     filler, free = folder / "filler", os.statvfs(folder)
-    filler.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - leave)))
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:  # the run writes at the same time
+        file.write(bytes(max(0, free.f_bavail * free.f_frsize - leave)))
     return filler
 
 

@@ -1,6 +1,8 @@
 """What Tune sees, written into the run's journal first and then told to whoever listens."""
 
+import errno
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,9 +124,16 @@ class JournalCallback(Callback):
         self._listeners.on_notice(f"trial {trial.config['trial']} is tried again after a fault: {_error_of(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial that raised more often than it may be retried."""
-        record = self._record(trial)
-        if self._write_end(record, "error", None, error=_error_of(trial)):
+        """A trial that raised more often than it may be retried.
+
+        Raises:
+            OSError: storage is full. That is no trial's fault, and the next ones would fail alike: the run ends, and
+                `--resume` goes on with this trial.
+        """
+        record, error = self._record(trial), _error_of(trial)
+        if os.strerror(errno.ENOSPC) in error:
+            raise OSError(errno.ENOSPC, f"trial {record.trial} cannot store its checkpoints: {error}")
+        if self._write_end(record, "error", None, error=error):
             self._tell_end(record)
         self._tidy(record)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import yaml
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nkat_ray.config import RunConfig
@@ -176,9 +177,22 @@ def refuse_infeasible(shares: Iterable[Share]) -> None:
 
 
 def nodes_without(path: Path) -> list[str]:
-    """Names of the nodes that do not see a file: a storage path that is not shared shows here."""
+    """Names of the nodes that do not see a file: a storage path that is not shared shows here.
+
+    A node that is gone by the time it is asked says nothing: Ray lists it for some seconds more.
+    """
     check = ray.remote(num_cpus=0)(os.path.exists)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    seen = ray.get([check.options(scheduling_strategy=s).remote(str(path)) for s in strategies])
-    return [node["NodeManagerHostname"] for node, found in zip(nodes, seen, strict=True) if not found]
+    asked = [check.options(scheduling_strategy=s).remote(str(path)) for s in strategies]
+    return [
+        node["NodeManagerHostname"] for node, ref in zip(nodes, asked, strict=True) if _answer(ref) is False
+    ]  # fmt: skip
+
+
+def _answer(reference: Any) -> Any:
+    """What a node answered; None from one that is gone."""
+    try:
+        return ray.get(reference)
+    except RayError:
+        return None

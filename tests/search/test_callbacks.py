@@ -261,6 +261,15 @@ def test_an_error_ends_the_trial_with_one_line_of_the_newest(stage: Stage, tmp_p
     assert stage.heard.names == ["tell", "on_trial_end"]
 
 
+def test_a_full_disk_ends_the_run_and_not_the_trial(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "error.txt").write_text("Traceback\nOSError: [Errno 28] No space left on device\n")
+    trial = FakeTrial(0, error_file=tmp_path / "error.txt")
+    stage.result(trial, 1, 0.3)
+    with pytest.raises(OSError, match="trial 0 cannot store its checkpoints"):
+        stage.callback.on_trial_error(0, [], trial)  # type: ignore[arg-type]
+    assert not stage.record(trial).ended
+
+
 @pytest.mark.parametrize("error_file", [None, Path("/nowhere/error.txt")])
 def test_an_error_without_a_text_after_some_epochs_keeps_them(stage: Stage, error_file: Path | None) -> None:
     trial = FakeTrial(0, error_file=error_file)
