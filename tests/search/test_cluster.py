@@ -64,7 +64,7 @@ def test_the_shipped_cluster_packs_its_gpus_before_any_worker_is_there(
         cluster.refuse_infeasible([Share(cpus=1, gpus=2.0)])
 
 
-# --- a cluster that does not take this process in ----------------------------------------------------------------------
+# --- a cluster that does not take this process in ---------------------------------------------------------------------
 
 
 @pytest.fixture
