@@ -257,6 +257,8 @@ def keys(folder: Path) -> None:
     for path in (HOME / ".ssh/id_ed25519", folder / "host_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
     (folder / "key.pub").write_bytes((HOME / ".ssh/id_ed25519.pub").read_bytes())
+    known = [f"{address} {(folder / 'host_key.pub').read_text()}" for address in ADDRESSES.values()]
+    (HOME / ".ssh/known_hosts").write_text("".join(known))
     (folder / "stranger").mkdir()
     (folder / "forger/.ray").mkdir(parents=True)
     (folder / "forger/.ray/auth_token").write_text("1" * 64)
@@ -279,7 +281,7 @@ def begun_on(folder: Path, run: str, node: str) -> int | None:
 def scenario(folder: Path) -> None:
     """Everything from `ray up` to `ray down`; what was found goes into found.json."""
     yaml, commands = document()
-    token, up, doctor, tune, down = (line.replace("uv run ", "") for line in commands)
+    token, up, doctor, tune, down, stop = (line.replace("uv run ", "") for line in commands)
     own_folders(needed(folder))
     network()
     keys(folder)
@@ -310,6 +312,7 @@ def scenario(folder: Path) -> None:
     found["whole"] = launcher.run("whole", with_flags(tune, f"{FLAGS} --name whole"), RUN_S)
     found["before"] = {name: machine.ray() for name, machine in machines.items()}
     found["down"] = launcher.run("down", f"{down} -y", JOIN_S)
+    found["stop"] = launcher.run("stop", stop.replace("10.0.0.2 10.0.0.3", ADDRESSES["n2"]), JOIN_S)
     with contextlib.suppress(AssertionError), launcher.timed("end"):  # Ray waits 16 s for its processes, and no longer
         wait_for(lambda: not any(machine.ray() for machine in machines.values()), END_S)
     found["after"] = {name: machine.ray() for name, machine in machines.items()}

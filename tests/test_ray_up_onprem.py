@@ -145,4 +145,5 @@ def test_a_run_whose_worker_dies_goes_on_from_the_last_checkpoint_and_ends(clust
 def test_ray_down_leaves_nothing_of_ray_on_either_node(cluster: Any) -> None:
     assert all(any("raylet" in command for command in cluster["before"][node]) for node in ("n1", "n2"))
     assert cluster["down"] == 0, output(cluster, "down")
+    assert cluster["stop"] == 0, output(cluster, "stop")
     assert cluster["after"] == {"n1": [], "n2": []}
