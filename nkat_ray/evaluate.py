@@ -4,6 +4,7 @@ First every survivor is carried over to every dataset and scored on validation i
 once and for all survivors together, the test images are read.
 """
 
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,7 +79,7 @@ def transfer_weights(
     if task.dataset == STAGE1_DATASET:
         correct = count_correct_of(source, val, device)
         figures = {"val_accuracy": correct / len(val), "n_val": len(val), "mode": "as trained"}
-        return payload, {**figures, "seconds": time.perf_counter() - clock}
+        return payload, {**figures, "node": socket.gethostname(), "seconds": time.perf_counter() - clock}
     notices: list[str] = []
     moved = transfer(
         source, mode=run.transfer, epochs=run.transfer_epochs, lr=run.transfer_lr, dataset=task.dataset,
@@ -86,7 +87,7 @@ def transfer_weights(
         num_classes=task.num_classes, grey=task.grey, flip=task.flip, seed=seed, device=device, notice=notices.append,
     )  # fmt: skip
     figures = {"val_accuracy": moved.val_accuracy, "n_val": moved.n_val, "mode": run.transfer, NOTICES: notices}
-    return moved.weights.to_bytes(), {**figures, "seconds": time.perf_counter() - clock}
+    return moved.weights.to_bytes(), {**figures, "node": socket.gethostname(), "seconds": time.perf_counter() - clock}
 
 
 def retrain_weights(payload: bytes, selection: Selection, task: Task, seed: int, share: Share) -> bytes:
@@ -437,7 +438,7 @@ def _row(
 ) -> dict[str, Any]:
     mode = "as trained" if dataset == STAGE1_DATASET else run.transfer
     empty = ("val_accuracy", "n_val", "val_tpe", "test_accuracy", "n_test", "ci_low", "ci_high", "tpe")
-    row: dict[str, Any] = dict.fromkeys((*empty, *(f"tpe_{model}" for model in LAMBDA_MODELS), "seconds"))
+    row: dict[str, Any] = dict.fromkeys((*empty, *(f"tpe_{model}" for model in LAMBDA_MODELS), "node", "seconds"))
     return {
         "trial": survivor.trial,
         "dataset": dataset,

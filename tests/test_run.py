@@ -73,6 +73,7 @@ def test_a_run_ends_with_its_files_and_says_what_a_reader_must_know(whole):
     assert not re.search(r"\(raylet|WARNING|Traceback", output)
     for name in ("trials.parquet", "curves.parquet", "stage2.parquet", "report.html", "best/model.safetensors"):
         assert (folder / name).stat().st_size > 0
+    assert set(pq.read_table(folder / "stage2.parquet")["node"].to_pylist()) == {socket.gethostname()}
 
 
 def test_the_same_seed_gives_the_same_trials_and_scores(whole, tmp_path):

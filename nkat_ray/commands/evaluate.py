@@ -20,6 +20,7 @@ from nkat_ray.config import (
     Transfer,
     field_names,
 )
+from nkat_ray.data import Dataset, Missing
 from nkat_ray.metrics import STAGE2_DATASETS
 from nkat_ray.outputs import FAULT, SURVIVED, data_phrase
 from nkat_ray.prepare import Datasets, config_of_json, describe_data, open_datasets, refuse_other_data
@@ -151,7 +152,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
     return code
 
 
-def refuse_other_than_the_runs(target: Path, datasets: Datasets) -> Datasets:
+def refuse_other_than_the_runs(target: Path, datasets: Datasets) -> dict[str, Dataset | Missing]:
     """The datasets as the run had them; those that it did not have are taken as they are.
 
     Raises:

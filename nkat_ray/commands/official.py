@@ -85,11 +85,12 @@ def official_run(config: EvaluateConfig) -> RunConfig:
     """
     path = config.target / tables.SUMMARY_FILE
     summary = tables.read_summary(path) if path.exists() else {"winner": None}
-    if not summary.get("winner"):
+    winner = summary.get("winner")
+    if not winner:
         raise ValueError(f"target is {str(config.target)!r}; --official needs a finished run with a winner")
     base = run_config(config)
     known = set(field_names(TrialConfig))
-    design = {key: _as_tuple(value) for key, value in summary["winner"]["config"].items() if key in known}
+    design = {key: _as_tuple(value) for key, value in winner["config"].items() if key in known}
     # The grace period has no meaning here, but must not exceed the epochs.
     design |= {"train_images": config.train_images, "grace": min(base.grace, design["epochs"])}
     return dataclasses.replace(base, **design)

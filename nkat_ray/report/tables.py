@@ -118,6 +118,7 @@ STAGE2_SCHEMA: Final = pa.schema(
         ("tpe_notes", pa.float64()),
         ("tpe_counted", pa.float64()),
         ("tpe_millions", pa.float64()),
+        ("node", pa.string()),
         ("seconds", pa.float64()),
     ]
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 import yaml
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nkat_ray.config import RunConfig
@@ -54,7 +54,7 @@ def connected(run: RunConfig) -> Iterator[str]:
     An instance that this process is already connected to is used and left running.
 
     Raises:
-        ConnectionError: there is no cluster at the address.
+        ConnectionError: there is no cluster at the address, or it does not take this process in.
     """
     address, phrase = choose_address(run.address)
     if ray.is_initialized():
@@ -68,6 +68,8 @@ def connected(run: RunConfig) -> Iterator[str]:
         try:
             _init(address, verbose=run.verbose)
             break
+        except (AuthenticationError, ConnectionError) as error:
+            raise _refused(address, error) from error
         except Exception as error:  # Ray raises nothing narrower, and gives a local raylet 30 s to start
             if tries_left == 0 or "timed out during startup" not in str(error):
                 raise
@@ -87,6 +89,15 @@ def _init(address: str, *, verbose: bool) -> None:
             logging_level=logging.INFO if verbose else logging.ERROR,
             configure_logging=True,
         )
+
+
+def _refused(address: str, error: Exception) -> ConnectionError:
+    """What Ray says of a cluster that it could not join, and of the token, which it only names in its log."""
+    if not isinstance(error, AuthenticationError) and "Failed to connect to Ray cluster" not in str(error):
+        return ConnectionError(str(error))
+    advice = "where the cluster asks for a token, RAY_AUTH_MODE must be token and ~/.ray/auth_token the cluster's own"
+    reason = str(error).strip().split(". ")[0]  # the rest is about clusters in general
+    return ConnectionError(f"address is {address!r}; Ray did not let this process in ({reason}); {advice}")
 
 
 def _refuse_silence(address: str) -> None:

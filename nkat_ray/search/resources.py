@@ -4,7 +4,7 @@ Few distinct shares are handed out, because Ray reuses a worker process only bet
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,7 @@ def slots(run: RunConfig, cluster: Cluster) -> int:
     return max(1, fit if run.max_concurrent is None else min(fit, run.max_concurrent))
 
 
-def refuse_oversized(share: Share, nodes: list[Mapping[str, Any]]) -> None:
+def refuse_oversized(share: Share, nodes: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a request that no node can ever meet: Ray would wait for it in silence.
 
     Raises:
@@ -120,7 +120,7 @@ def cpu_micro_batch(config: TrialConfig, *, memory_bytes: int) -> int:
     return int(min(config.batch_size, max(1, fit)))
 
 
-def cluster_of(nodes: list[Mapping[str, Any]], *, gpu_bytes: int | None) -> Cluster:
+def cluster_of(nodes: Sequence[Mapping[str, Any]], *, gpu_bytes: int | None) -> Cluster:
     """The cluster from `ray.nodes()`; `gpu_bytes` None where no GPU could be asked."""
     alive = _alive(nodes)
     return Cluster(
@@ -133,6 +133,6 @@ def cluster_of(nodes: list[Mapping[str, Any]], *, gpu_bytes: int | None) -> Clus
     )
 
 
-def _alive(nodes: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _alive(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Resources of the nodes that are alive."""
     return [node["Resources"] for node in nodes if node["Alive"]]

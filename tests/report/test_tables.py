@@ -23,7 +23,7 @@ TRIALS = (
 CURVES = "trial epoch train_loss val_accuracy local_tpe lr images_per_s epoch_s"
 STAGE2 = (
     "trial dataset classes mode status error val_accuracy n_val val_tpe test_accuracy n_test ci_low ci_high tpe "
-    "tpe_notes tpe_counted tpe_millions seconds"
+    "tpe_notes tpe_counted tpe_millions seconds node"
 )
 SUMMARY = (
     "preset gate lambda_model seed data n_trials stop_reasons survivors winner verdict targets training_share "

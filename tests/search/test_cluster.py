@@ -1,15 +1,21 @@
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
+from ray.exceptions import AuthenticationError
 
 from nkat_ray.config import RunConfig, TrialConfig
 from nkat_ray.search import cluster
-from nkat_ray.search.cluster import nodes_to_come
+from nkat_ray.search.cluster import connected, nodes_to_come
 from nkat_ray.search.resources import Share, cluster_of, slots, trial_share
 
 ROOT = Path(__file__).parents[2]
+REFUSED = "Failed to connect to Ray cluster at 127.0.0.1"  # all that Ray raises for a wrong token or none
+TOKENLESS = "Token authentication is enabled but no authentication token was found. Ensure that the token is available."
 
 
 def saved(folder: Path, config: dict[str, Any]) -> Path:
@@ -56,3 +62,49 @@ def test_the_shipped_cluster_packs_its_gpus_before_any_worker_is_there(
     cluster.refuse_infeasible([share])
     with pytest.raises(ValueError, match="the largest node has 4 CPU and 1 GPU"):
         cluster.refuse_infeasible([Share(cpus=1, gpus=2.0)])
+
+
+# --- a cluster that does not take this process in ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def listening() -> Iterator[str]:
+    """Address of somebody who listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(ConnectionError(REFUSED), REFUSED), (AuthenticationError(TOKENLESS), "no authentication token was found)")],
+)
+def test_a_cluster_that_asks_for_a_token_is_named_with_what_to_do(
+    error: Exception, reason: str, listening: str, tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, error)
+    with pytest.raises(ConnectionError) as caught, connected(tiny_run(address=listening)):
+        pass
+    for part in (listening, reason, "RAY_AUTH_MODE must be token", "~/.ray/auth_token"):
+        assert part in str(caught.value)
+    assert "Ensure" not in str(caught.value)
+
+
+def test_where_there_is_no_cluster_nothing_is_said_of_tokens(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, ConnectionError("Could not find any running Ray instance."))
+    with (
+        pytest.raises(ConnectionError, match=r"^Could not find any running Ray instance\.$"),
+        connected(tiny_run(address="auto")),
+    ):
+        pass
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let Ray raise that at the next attempt to connect."""
+
+    def init(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
