@@ -81,7 +81,7 @@ def with_defaults_of(target: Path) -> EvaluateConfig:
     _refuse_neither(target)
     if not _is_run(target):
         return EvaluateConfig(target=target)
-    saved = config_of_json(json.loads((target / CONFIG_FILE).read_text()))
+    saved = config_of_json(tables.read_summary(target / CONFIG_FILE))
     return EvaluateConfig(target=target, **{name: getattr(saved, name) for name in SHARED})
 
 
@@ -104,7 +104,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
         raise ValueError(f"out is {str(out)!r}; it exists; choose another folder")
     run, datasets = open_datasets(run, screen)
     if _is_run(config.target):
-        saved = json.loads((config.target / CONFIG_FILE).read_text())["found"]
+        saved = tables.read_summary(config.target / CONFIG_FILE, "found")["found"]
         before = {name: saved.get(name, described) for name, described in describe_data(datasets).items()}
         datasets = refuse_other_data(before, datasets)
     out.mkdir(parents=True)
@@ -146,7 +146,7 @@ def _run_config(config: EvaluateConfig) -> RunConfig:
     """The run's configuration (a model alone has the trial that made it), with this command's flags."""
     flags = {name: getattr(config, name) for name in SHARED}
     if _is_run(config.target):
-        return config_of_json(json.loads((config.target / CONFIG_FILE).read_text()), **flags)
+        return config_of_json(tables.read_summary(config.target / CONFIG_FILE), **flags)
     from nkat_ray.train.checkpoint import CheckpointError, Weights
 
     try:
