@@ -11,7 +11,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -95,7 +95,8 @@ class _Checked:
 
     def _check_types(self) -> None:
         """Every field is of its type: a value may come from JSON or from Python as well as from the command line."""
-        for name, hint in _hints(type(self)).items():
+        kind: Any = type(self)
+        for name, hint in _hints(kind).items():
             self._check(name, _is_of(getattr(self, name), hint), f"allowed: {_said(hint)}")
 
     def _check(self, name: str, ok: bool, allowed: str, advice: str = "") -> None:
@@ -114,7 +115,7 @@ class _Checked:
 
 
 @functools.cache
-def _hints(config: type) -> dict[str, Any]:
+def _hints(config: Hashable) -> dict[str, Any]:
     """Types of a configuration's fields, without tyro's marks."""
     return get_type_hints(config)
 

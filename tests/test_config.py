@@ -324,9 +324,9 @@ def test_the_configuration_loads_neither_torch_nor_ray() -> None:
 
 ANYTHING = st.sampled_from(
     [None, True, False, 0, 1, 2, -1, 4, 8, 10, 10**400, -(10**400), 2**53, 2**53 + 1, 0.5, 2.0, 2.5, -0.0, 1e-320,
-     1e300, NAN, INF, -INF, 1j, "", "off", "tiny", "quick", "cifar10", "local_tpe,lambda", "\0", "\ud800", "a\nb", "é", b"x",
-     (), (2, 9), (2.5, 9), ("a", "b"), ("cifar10",), (1, 2, 3), [], [2, 9], {}, {"lr": 5}, {"lr": Span(0.1, 0.2)},
-     set(), Path("x"), object(), int, np.float64(0.5), np.int64(4), np.nan, np.zeros(2)]
+     1e300, NAN, INF, -INF, 1j, "", "off", "tiny", "quick", "cifar10", "local_tpe,lambda", "\0", "\ud800", "a\nb", "é",
+     b"x", (), (2, 9), (2.5, 9), ("a", "b"), ("cifar10",), (1, 2, 3), [], [2, 9], {}, {"lr": 5},
+     {"lr": Span(0.1, 0.2)}, set(), Path("x"), object(), int, np.float64(0.5), np.int64(4), np.nan, np.zeros(2)]
 )  # fmt: skip
 CONFIGS = (ModelConfig, TrialConfig, TrainConfig, RunConfig)
 
