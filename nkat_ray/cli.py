@@ -8,8 +8,11 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -22,7 +25,7 @@ from nkat_ray.config import RunConfig, ScreenConfig, TrainConfig, default_storag
 if TYPE_CHECKING:
     from nkat_ray.report.terminal import Screen
 
-BAD_INPUT, INTERRUPTED = 2, 130
+FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130
 FREE_ON_RESUME = (
     "address",
     "data_dir",
@@ -78,15 +81,32 @@ def _usage() -> str:
 
 
 def _guarded(command: Callable[[], int]) -> int:
-    """Run a command; bad input becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Run a command; bad input becomes one line and exit code 2, Ctrl-C exit code 130, any other fault exit code 1."""
     try:
         return command()
     except (ValueError, ConnectionError) as error:
         _say_error(" ".join(str(error).split()))
         return BAD_INPUT
+    except OSError as error:
+        if error.filename is None:  # of no path that somebody gave: a full disk, say
+            return _log_fault()
+        _say_error(f"{os.fspath(error.filename)!r}: {error.strerror}; choose another path")
+        return BAD_INPUT
     except KeyboardInterrupt:
         _say_error("interrupted")
         return INTERRUPTED
+    except Exception:
+        return _log_fault()
+
+
+def _log_fault() -> int:
+    """An internal fault of a command that has no folder of its own: one line for people, the rest into a file."""
+    text = traceback.format_exc()
+    handle, log = tempfile.mkstemp(prefix="nkat-", suffix=".log")
+    with os.fdopen(handle, "w", errors="backslashreplace") as file:
+        file.write(text)
+    _say_error(f"{text.strip().splitlines()[-1]}; the log is {log}")
+    return FAULT
 
 
 def _say_error(text: str) -> None:
@@ -139,7 +159,7 @@ def typed_flags(argv: Sequence[str]) -> set[str]:
 
 def _tune(argv: Sequence[str]) -> int:
     """Search: Stage 1 on CIFAR-10, the gate, Stage 2 on four datasets, the report."""
-    first = _first_flags(argv)
+    first = _read_first(_First, argv)
     if first.resume and not {"-h", "--help"} & set(argv):
         return _resume(argv, first)
     default = RunConfig.from_preset(first.preset)
@@ -152,14 +172,14 @@ def _tune(argv: Sequence[str]) -> int:
     return _on_screen(run, lambda screen: start(run, fixed, screen))
 
 
-def _first_flags(argv: Sequence[str]) -> _First:
-    """Read preset, resume, name and storage_path, whatever else is there."""
+def _read_first(kind: Callable[[], T], argv: Sequence[str]) -> T:
+    """Read a few flags among others; the defaults where one is wrong: the full parser says later what it is."""
     known = [arg for arg in argv if arg not in ("-h", "--help")]
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            first, _ = tyro.cli(_First, args=known, use_underscores=True, return_unknown_args=True)
+            first, _ = tyro.cli(kind, args=known, use_underscores=True, return_unknown_args=True)
         except SystemExit:
-            first = _First()  # the full parser below says what is wrong
+            first = kind()
     return first
 
 
@@ -196,8 +216,7 @@ def _train(argv: Sequence[str]) -> int:
     if "resume" not in typed_flags(argv) or {"-h", "--help"} & set(argv):
         config = parse(TrainConfig, argv, prog="nkat train")
         return _on_screen(config, lambda screen: train(config, screen))
-    known = [arg for arg in argv if arg not in ("-h", "--help")]
-    first, _ = tyro.cli(_FirstOfTraining, args=known, use_underscores=True, return_unknown_args=True)
+    first = _read_first(_FirstOfTraining, argv)
     saved = dataclasses.replace(saved_training(first.out), quiet=False, json=False)
     resumed = parse(TrainConfig, argv, prog="nkat train", default=saved)
     _refuse_disagreement(resumed, saved)

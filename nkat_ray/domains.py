@@ -35,8 +35,15 @@ Domain = Choice | Span
 
 
 def domain_of_json(saved: Mapping[str, Any]) -> Domain:
-    """A domain from config.json, which holds its fields."""
-    return Choice(tuple(saved["values"])) if "values" in saved else Span(**saved)
+    """A domain from config.json, which holds its fields.
+
+    Raises:
+        ValueError: it holds others.
+    """
+    try:
+        return Choice(tuple(saved["values"])) if "values" in saved else Span(**saved)
+    except TypeError as error:
+        raise ValueError(f"own_space has {saved!r}; {HOW}") from error
 
 
 def read_space(path: Path, hints: Mapping[str, Any]) -> dict[str, Domain]:

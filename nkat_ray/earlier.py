@@ -4,7 +4,6 @@ Read from that run's Parquet tables and Optuna's journal file; nothing is unpick
 neither torch nor Ray is loaded.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ def read_earlier(run: RunConfig, space: Mapping[str, Domain]) -> Earlier:
     if run.warm_start is None:
         return Earlier(trials=[], notice="")
     folder = _folder(run.warm_start, run.storage_path)
-    saved = json.loads((folder / CONFIG_FILE).read_text())
+    saved = tables.read_summary(folder / CONFIG_FILE)
     before = config_of_json(saved)
     if before.lambda_model != run.lambda_model:
         raise UsageError(
@@ -84,7 +83,7 @@ def _folder(name: str, storage_path: str) -> Path:
             f"`ls {storage_path}` shows what there is"
         )
     missing = [file for file in NEEDED if not (folder / file).is_file()]
-    if missing or "fixed" not in json.loads((folder / CONFIG_FILE).read_text()):
+    if missing or "fixed" not in tables.read_summary(folder / CONFIG_FILE):
         raise UsageError(
             f"warm_start is {name!r}; {folder} is not the folder of a run ({', '.join(missing) or CONFIG_FILE} "
             f"{'is missing' if missing else 'is not one of a run'}); name one that holds {', '.join(NEEDED)}"

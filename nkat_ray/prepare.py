@@ -18,7 +18,7 @@ from nkat_ray.data import Dataset, Missing, open_dataset, split_validation
 from nkat_ray.data.selection import training_limits
 from nkat_ray.domains import domain_of_json
 from nkat_ray.metrics import STAGE2_DATASETS
-from nkat_ray.report.tables import plain
+from nkat_ray.report.tables import plain, read_summary
 from nkat_ray.search.storage import CONFIG_FILE, RunStorage, check_owner, check_writable, newest_run, run_storage
 
 Datasets = Mapping[str, Dataset | Missing]
@@ -46,9 +46,10 @@ def saved_config(storage_path: str, name: str | None) -> tuple[RunConfig, tuple[
         raise UsageError(f"name is {name!r}; {storage_path} holds no such run; `ls {storage_path}` shows what there is")
     check_owner(storage.local)
     check_owner(path)
-    saved = json.loads(path.read_text())
-    if "fixed" not in saved:
-        raise UsageError(f"name is {name!r}; {path} is not a run's; `ls {storage_path}` shows what there is")
+    try:
+        saved = read_summary(path, "fixed")
+    except ValueError as error:
+        raise UsageError(f"name is {name!r}; {error}; `ls {storage_path}` shows what there is") from error
     return config_of_json(saved, name=name, storage_path=storage_path), tuple(saved["fixed"])
 
 
@@ -89,13 +90,18 @@ def open_datasets(config: RunConfig, console: Console) -> tuple[RunConfig, dict[
 
 
 def config_of_json(saved: Mapping[str, Any], **replaced: Any) -> RunConfig:
-    """A RunConfig from config.json, which knows neither tuples nor paths."""
+    """A RunConfig from config.json, which knows neither tuples nor paths.
+
+    Raises:
+        ValueError: a value that cannot have been written by a run.
+    """
     values: dict[str, Any] = {
         key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if key in field_names(RunConfig)
     }
-    values["data_dir"] = Path(values["data_dir"]) if values["data_dir"] else None
-    if values.get("own_space"):
-        values["own_space"] = {name: domain_of_json(domain) for name, domain in values["own_space"].items()}
+    folder, space = values.get("data_dir"), values.get("own_space")
+    values["data_dir"] = Path(folder) if isinstance(folder, str) else folder
+    if isinstance(space, Mapping):
+        values["own_space"] = {name: domain_of_json(domain) for name, domain in space.items()}
     return RunConfig(**{**values, **replaced})
 
 

@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # Tiny networks gain nothing from a second thread, and on a busy machine OpenMP's threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves trials beside other work
 REAL_DATA = os.environ.get("NKAT_DATA_DIR")  # read here: some tests take it out of the environment
 settings.register_profile("nkat", deadline=None)  # a busy machine is no reason to fail
+# One failure is enough to kill a mutant (benchmarks/mutation.md): nothing is shrunk, and every run draws the same.
+settings.register_profile(
+    "mutation", deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("nkat")
 
 

@@ -1,10 +1,13 @@
 import dataclasses
+import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,10 +21,13 @@ from nkat_ray.config import (
     Domain,
     ModelConfig,
     RunConfig,
+    Span,
     TrainConfig,
     TrialConfig,
     field_names,
 )
+from nkat_ray.prepare import config_of_json
+from nkat_ray.report.tables import plain
 
 NAN, INF = math.nan, math.inf
 
@@ -313,3 +319,66 @@ def test_the_configuration_loads_neither_torch_nor_ray() -> None:
     code = "import sys, nkat_ray.config, nkat_ray.metrics; print({'torch', 'ray', 'optuna'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "set()"
+
+
+# --- any value at all -------------------------------------------------------------------------------------------------
+
+ANYTHING = st.sampled_from(
+    [None, True, False, 0, 1, 2, -1, 4, 8, 10, 10**400, -(10**400), 2**53, 2**53 + 1, 0.5, 2.0, 2.5, -0.0, 1e-320,
+     1e300, NAN, INF, -INF, 1j, "", "off", "tiny", "quick", "cifar10", "local_tpe,lambda", "\0", "\ud800", "a\nb", "é",
+     b"x", (), (2, 9), (2.5, 9), ("a", "b"), ("cifar10",), (1, 2, 3), [], [2, 9], {}, {"lr": 5},
+     {"lr": Span(0.1, 0.2)}, set(), Path("x"), object(), int, np.float64(0.5), np.int64(4), np.nan, np.zeros(2)]
+)  # fmt: skip
+CONFIGS = (ModelConfig, TrialConfig, TrainConfig, RunConfig)
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(CONFIGS), st.data())
+def test_any_value_is_taken_or_refused_by_name(config: type, data: st.DataObject) -> None:
+    names = data.draw(st.lists(st.sampled_from(field_names(config)), min_size=1, max_size=3), label="names")
+    values = {name: data.draw(ANYTHING, label=name) for name in names}
+    try:
+        made = config(**values)
+    except ValueError as error:
+        refusal = str(error)
+    else:
+        same_after_json(made)
+        return
+    assert any(name in refusal for name in names), refusal
+    assert any(repr(value) in refusal or str(value) in refusal for value in values.values()), refusal
+
+
+def same_after_json(made: Any) -> None:
+    """What a run, a training and a checkpoint keep of a configuration is that configuration."""
+    assert type(made)(**vars(made)) == made
+    assert dataclasses.replace(made) == made
+    saved = json.loads(json.dumps(plain(dataclasses.asdict(made))))
+    if isinstance(made, RunConfig):
+        assert config_of_json(saved) == made
+    elif type(made) is TrialConfig:
+        from nkat_ray.train.checkpoint import config_from_json
+
+        assert config_from_json(saved) == made
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "said"),
+    [
+        (ModelConfig, "depth", 2.5, "depth is 2.5; allowed: a whole number"),
+        (ModelConfig, "depth", None, "depth is None; allowed: a whole number"),
+        (ModelConfig, "depth", "7", "depth is '7'; allowed: a whole number"),
+        (ModelConfig, "depth", True, "depth is True; allowed: a whole number"),
+        (ModelConfig, "stem_stride", 4.0, "stem_stride is 4.0; allowed: 2, 4"),
+        (ModelConfig, "split_heads", "no", "split_heads is 'no'; allowed: True or False"),
+        (ModelConfig, "top_k", 10**400, "top_k is 1000"),
+        (TrialConfig, "randaugment", 5, "randaugment is 5; allowed: (a whole number, a whole number) or None"),
+        (RunConfig, "preset", [], "preset is []; allowed: quick, laptop, round2"),
+        (RunConfig, "space", [], "space is []; allowed: text"),
+        (RunConfig, "storage_path", 5, "storage_path is 5; allowed: text"),
+        (RunConfig, "datasets", ["cifar10"], "datasets is ['cifar10']; allowed: a tuple of text"),
+        (RunConfig, "data_dir", "x", "data_dir is 'x'; allowed: Path or None"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(config: type, name: str, value: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        config(**{name: value})

@@ -284,6 +284,24 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
     assert [link for link in links if not (document.parent / link).exists()] == []  # pictures too
 
 
+def test_every_cell_of_the_comparison_has_a_source() -> None:
+    text = (ROOT / "docs/comparison.md").read_text()
+    sources = dict(re.findall(r"^\[([\w-]+)\]: (\S+)$", text, re.MULTILINE))
+    rows = [line.strip("|").split("|") for line in text.splitlines() if re.match(r"\| [^-|]", line)]
+    assert len(rows) >= 20
+    assert {len(row) for row in rows} == {7}
+    owners = "nrpswd"  # the first letter of a source's name: whose column it may stand in
+    for _, *cells in rows:
+        for owner, cell in zip(owners, cells, strict=True):
+            found = re.findall(r"\]\[([\w-]+)\]", cell)
+            assert found, cell
+            assert {name[0] for name in found} == {owner}, cell
+            assert re.sub(r"\[.*?\]\[.*?\]|[*,; ]", "", cell) == "", f"said without a source: {cell}"
+    used = set(re.findall(r"\]\[([\w-]+)\]", text))
+    assert used == set(sources)
+    assert [to for to in sources.values() if "://" not in to and not (ROOT / "docs" / to).exists()] == []
+
+
 def test_the_readme_shows_pictures_that_are_pictures() -> None:
     shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
     assert shown

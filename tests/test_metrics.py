@@ -168,7 +168,8 @@ def test_a_score_that_is_not_finite_is_refused(bad: float) -> None:
 
 
 def test_no_dataset_is_refused() -> None:
-    with pytest.raises(ValueError, match="no dataset"):
+    said = "no dataset given; pass every Stage 2 dataset, None where it does not count"
+    with pytest.raises(ValueError, match=f"^{said}$"):
         stage2_scores({})
 
 
@@ -226,3 +227,12 @@ def test_wilson_is_exact_at_the_ends_and_symmetric() -> None:
 def test_wilson_refuses(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match="successes"):
         wilson_interval(successes, n)
+
+
+def test_millions_are_exact_and_an_unknown_stem_is_told_the_three() -> None:
+    counted = dict(conv_stem="off", embed_dim=384, nkat_parameters=28, parameters=2_500_000)
+    assert lambda_theory("millions", **counted) == 2.5  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"it must be one of off, tiny, small$"):
+        lambda_notes("big", 384)
+    with pytest.raises(ValueError, match=r"it must be one of notes, counted, millions$"):
+        lambda_theory("optuna", **counted)  # type: ignore[arg-type]

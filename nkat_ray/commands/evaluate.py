@@ -97,7 +97,7 @@ def with_defaults_of(target: Path, *, official: bool = False) -> EvaluateConfig:
     _refuse_neither(target)
     if not _is_run(target):
         return EvaluateConfig(target=target)
-    saved = config_of_json(json.loads((target / CONFIG_FILE).read_text()))
+    saved = config_of_json(tables.read_summary(target / CONFIG_FILE))
     taken = [name for name in SHARED if not (official and name in LIMITS)]
     return EvaluateConfig(target=target, **{name: getattr(saved, name) for name in taken})
 
@@ -158,7 +158,7 @@ def refuse_other_than_the_runs(target: Path, datasets: Datasets) -> dict[str, Da
     Raises:
         ValueError: one of them has other images now.
     """
-    saved = json.loads((target / CONFIG_FILE).read_text())["found"]
+    saved = tables.read_summary(target / CONFIG_FILE, "found")["found"]
     before = {name: saved.get(name, described) for name, described in describe_data(datasets).items()}
     return refuse_other_data(before, datasets)
 
@@ -176,7 +176,7 @@ def run_config(config: EvaluateConfig) -> RunConfig:
     """The run's configuration (a model alone has the trial that made it), with this command's flags."""
     flags = {name: getattr(config, name) for name in SHARED}
     if _is_run(config.target):
-        return config_of_json(json.loads((config.target / CONFIG_FILE).read_text()), **flags)
+        return config_of_json(tables.read_summary(config.target / CONFIG_FILE), **flags)
     from nkat_ray.train.checkpoint import CheckpointError, Weights
 
     try:

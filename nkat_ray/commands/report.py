@@ -1,6 +1,5 @@
 """`nkat report`: the report of a run again, also of one that is still going; or several runs side by side."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +58,16 @@ def _print(folder: Path, screen: Screen) -> tuple[dict[str, Any], list[str]]:
     from nkat_ray.prepare import config_of_json
 
     if (folder / tables.SUMMARY_FILE).exists():
-        summary = tables.read_summary(folder / tables.SUMMARY_FILE)
+        summary = tables.read_summary(folder / tables.SUMMARY_FILE, *tables.SUMMARY_KEYS)
+        for file in (tables.TRIALS_FILE, tables.STAGE2_FILE):
+            if not (folder / file).is_file():
+                raise ValueError(f"run is {str(folder)!r}; its {file} is missing; copy the folder again")
         trials, stage2 = (
             tables.read_trials(folder / tables.TRIALS_FILE),
             tables.read_stage2(folder / tables.STAGE2_FILE),
         )
     else:
-        saved = json.loads((folder / CONFIG_FILE).read_text())
+        saved = tables.read_summary(folder / CONFIG_FILE, "found")
         run, state = config_of_json(saved), read_state(folder)
         if not state.trials:
             text = "the run has only begun: there is nothing to report yet"

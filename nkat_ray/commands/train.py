@@ -24,7 +24,7 @@ from nkat_ray.config import TrainConfig, TrialConfig, field_names
 from nkat_ray.data import Dataset, Missing, open_dataset
 from nkat_ray.data.selection import Limits, Selection, select_images
 from nkat_ray.metrics import EPOCH, LAMBDA_MODELS, LOCAL_TPE, lambda_theory, tpe_score, wilson_interval
-from nkat_ray.report.tables import CURVES_FILE, plain, read_curves, write_curves
+from nkat_ray.report.tables import CURVES_FILE, plain, read_curves, read_summary, write_curves
 from nkat_ray.report.tensorboard import TensorBoardLog
 from nkat_ray.report.terminal import Screen
 from nkat_ray.search.rows import curve_row
@@ -68,10 +68,11 @@ def saved_training(out: Path | None) -> TrainConfig:
         out = found[-1].parent
     if not (out / TRAINING_FILE).exists():
         raise ValueError(f"out is {str(out)!r}; it holds no training to resume")
-    saved = json.loads((out / TRAINING_FILE).read_text())
+    saved = read_summary(out / TRAINING_FILE)
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
     values = {key: value for key, value in values.items() if key in field_names(TrainConfig)}
-    values["data_dir"] = Path(values["data_dir"]) if values["data_dir"] else None
+    folder = values.get("data_dir")
+    values["data_dir"] = Path(folder) if isinstance(folder, str) else folder
     return TrainConfig(**{**values, "out": out})
 
 

@@ -89,9 +89,10 @@ def read_header(path: Path) -> Header:
 
 def _check_columns(path: Path, schema: pa.Schema) -> None:
     for column in ("image", "label"):
-        if column not in schema.names:
+        if schema.names.count(column) != 1:
             found = f"{path} has columns {', '.join(schema.names)}"
-            raise DataError(f"{found}; needed: image and label: add `{column}`")
+            advice = "leave only one" if column in schema.names else "add"
+            raise DataError(f"{found}; needed: image and label: {advice} `{column}`")
     image, label = schema.field("image").type, schema.field("label").type
     if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
         raise DataError(f"{path}: column `image` is {image}; allowed: binary (uint8 bytes, png or webp)")
@@ -116,7 +117,7 @@ def _one_of(path: Path, metadata: Mapping[str, str], key: str, allowed: tuple[st
 def _shape(path: Path, metadata: Mapping[str, str]) -> tuple[int, int, int]:
     text = _required(path, metadata, "shape")
     parts = text.split(",")
-    sizes = [int(part) for part in parts if part.strip().isdecimal()]
+    sizes = [int(part) for part in parts if part.strip().isdecimal() and len(part) < 10]
     height, width, channels = ([*sizes, 1] if len(sizes) == 2 else [*sizes, 0, 0, 0])[:3]
     fits = 1 <= height <= MAX_SIZE and 1 <= width <= MAX_SIZE and channels in (1, 3)
     if len(parts) != len(sizes) or len(sizes) not in (2, 3) or not fits:
@@ -215,7 +216,7 @@ def _decode_file(header: Header, row: int, data: bytes) -> Images:
         mode, size = image.mode, image.size
         fits = size == (header.width, header.height) and mode in _modes(header)
         pixels = np.asarray(image) if fits else None  # nothing of an unexpected size is decoded
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         where = f"{header.path}: the image in row {row}"
         raise DataError(f"{where} is no readable {header.encoding} ({first_line(error)}); write it again") from error
     if pixels is None:

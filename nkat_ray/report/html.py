@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,7 +91,7 @@ def load_run(folder: Path) -> Run:
     Raises:
         ValueError: the folder is not there, or holds none of a run's files.
     """
-    readers = {
+    readers: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "config": (tables.CONFIG_FILE, tables.read_summary),
         "summary": (tables.SUMMARY_FILE, tables.read_summary),
         "trials": (tables.TRIALS_FILE, tables.read_trials),

@@ -194,10 +194,21 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     _replace(path, text.encode())
 
 
-def read_summary(path: Path) -> dict[str, Any]:
-    """summary.json as a dict."""
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
+def read_summary(path: Path, *needed: str) -> dict[str, Any]:
+    """summary.json, or another JSON object of a run, as a dict.
+
+    Raises:
+        ValueError: no JSON object, or a needed key is missing; in one line.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error})") from error
+    missing = [key for key in needed if not isinstance(found, dict) or key not in found]
+    if missing or not isinstance(found, dict):
+        lacks = f"it has no {', '.join(missing)}" if missing else "it is no JSON object"
+        raise ValueError(f"{path} is damaged, or not a run's: {lacks}")
+    return found
 
 
 def plain(value: Any) -> Any:

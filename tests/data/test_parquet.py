@@ -1,11 +1,12 @@
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -170,3 +171,129 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         write_split(path, split, class_names=("a", "b", "c"), source="new")
     assert read_header(path).source == "old"
     assert [entry.name for entry in Path(tmp_path).iterdir()] == ["x.parquet"]
+
+
+# --- anything at all in place of a file: it is loaded, or refused in one line -----------------------------------------
+
+check = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CLASSES = ("a", "b", "c")
+
+
+def load(path: Path) -> None:
+    """Read all of a file: what comes is what the header says, or a DataError says in one line why not."""
+    refusal = None
+    try:
+        header = read_header(path)
+        labels, split = read_labels(header), read_split(header)
+    except DataError as error:
+        refusal = str(error)
+    if refusal is not None:
+        assert path.name in refusal
+        assert "\n" not in refusal
+        return
+    shape = (header.rows, header.channels, header.height, header.width)
+    assert (split.images.shape, split.images.dtype) == (shape, np.uint8)
+    np.testing.assert_array_equal(split.labels, labels)
+    assert set(labels) <= set(range(len(header.class_names)))
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    for encoding in ("raw", "png", "webp"):
+        path = folder / encoding
+        write_split(path, random_split(3, 3, 8, 8), class_names=CLASSES, source="a test", encoding=encoding)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@check
+@given(st.sampled_from(["raw", "png", "webp"]), st.data())
+def test_damaged_bytes(tmp_path, whole_files, encoding, data):
+    content = bytearray(whole_files[encoding])
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4), label="places"):
+        content[place] ^= data.draw(st.integers(1, 255), label="flip")
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2), label="part"))
+    part = data.draw(st.sampled_from(["all", "head", "without the part"]), label="kept")
+    kept = {"all": content, "head": content[:stop], "without the part": content[:start] + content[stop:]}[part]
+    (tmp_path / "x.parquet").write_bytes(kept)
+    load(tmp_path / "x.parquet")
+
+
+@check
+@given(st.binary(max_size=300))
+@example(b"PAR1" * 8)
+def test_bytes_that_never_were_a_file(tmp_path, content):
+    (tmp_path / "x.parquet").write_bytes(content)
+    load(tmp_path / "x.parquet")
+
+
+TEXTS = st.sampled_from(
+    ["", "raw", "png", "webp", "jpeg", "8,8,3", "8,8", "8,8,0", "-8,8,3", "8,8,3,1", "٨,٨", "²,8", "9" * 5000 + ",8",
+     "1e1,8", " 8 , 8 ", ",", "a,b,c", "a,b", "a,,b", "true", "TRUE", "é,💥", "\0", "a\nb,c"]
+)  # fmt: skip
+KEYS = st.sampled_from(["encoding", "shape", "classes", "flip", "source", "more"])
+TYPES = st.sampled_from(
+    [pa.binary(), pa.large_binary(), pa.binary(192), pa.string(), pa.int8(), pa.uint64(), pa.int64(), pa.float64(),
+     pa.bool_(), pa.null(), pa.dictionary(pa.int32(), pa.binary()), pa.list_(pa.uint8())]
+)  # fmt: skip
+VALUES = st.sampled_from(
+    [None, b"", b"x" * 192, b"x" * 191, b"\x89PNG\r\n\x1a\n", "x", 0, 2, -1, 3, 255, 2**63, 2**64 - 1, 0.5, True, [1]]
+)
+
+
+def column(values, kind):
+    """The values as a column of a type, null where they cannot be."""
+
+    def held(value):
+        try:
+            return pa.scalar(value, kind).as_py()
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            return None
+
+    return pa.array([held(value) for value in values], kind)
+
+
+@check
+@given(
+    st.dictionaries(KEYS, TEXTS, max_size=3),
+    st.lists(st.tuples(st.sampled_from(["image", "label", "other"]), TYPES), max_size=3),
+    st.data(),
+)
+@example({"shape": "9" * 5000 + ",8"}, [("image", pa.binary()), ("label", pa.int64())], None)
+@example({}, [("image", pa.large_binary()), ("label", pa.int64())], None)
+@example({}, [("image", pa.binary()), ("label", pa.int64()), ("label", pa.int64())], None)
+@example({"classes": "a\nb,c"}, [("image", pa.binary()), ("label", pa.int64())], None)
+def test_any_columns_and_metadata(tmp_path, metadata, columns, data):
+    rows = data.draw(st.integers(0, 3), label="rows") if data else 2
+    names, arrays = [name for name, _ in columns], []
+    for name, kind in columns:
+        usual = [b"x" * 192] * rows if name == "image" else [0] * rows
+        drawn = data and data.draw(st.none() | st.lists(VALUES, min_size=rows, max_size=rows), label=name)
+        try:
+            arrays.append(column(drawn or usual, kind))
+        except (pa.ArrowException, TypeError):
+            return
+    texts = {"encoding": "raw", "shape": "8,8,3", "classes": "a,b,c", **metadata}
+    table = pa.Table.from_arrays(arrays, names=names).replace_schema_metadata(texts)
+    pq.write_table(table, tmp_path / "x.parquet")
+    load(tmp_path / "x.parquet")
+
+
+@check
+@given(st.sampled_from(["png", "webp"]), st.data())
+@example("png", None)
+def test_images_that_are_none(tmp_path, encoding, data):
+    """Damaged within a whole Parquet file, whose own checksums would have found it first."""
+    pixels = np.random.default_rng(0).integers(256, size=(1, 8, 8, 3), dtype=np.uint8)
+    content = bytearray(encoded(pixels, encoding)[0].as_py())
+    if data is None:  # a header that promises 100,000 x 100,000 pixels: a bomb to Pillow
+        head = b"IHDR" + (100_000).to_bytes(4, "big") * 2 + content[24:29]
+        content[12:33] = head + zlib.crc32(head).to_bytes(4, "big")
+    else:
+        for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3), label="places"):
+            content[place] ^= data.draw(st.integers(1, 255), label="flip")
+        content = content[: data.draw(st.just(len(content)) | st.integers(0, len(content)), label="length")]
+    table = pa.table({"image": pa.array([bytes(content)], pa.binary()), "label": pa.array([0], pa.int64())})
+    texts = {"encoding": encoding, "shape": "8,8,3", "classes": "a,b"}
+    pq.write_table(table.replace_schema_metadata(texts), tmp_path / "x.parquet")
+    load(tmp_path / "x.parquet")

@@ -295,3 +295,54 @@ def test_modulation_of_split_heads_reads_the_fused_stream():
 def test_split_heads_need_eight_heads():
     with pytest.raises(ValueError, match="split_heads needs 8"):
         NKATAttention(32, num_heads=4, split_heads=True)
+
+
+# --- which way --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "training", "way"),
+    [
+        (16, {"top_k": 6}, False, "explicit"),
+        (16, {"top_k": 6}, True, "sparse"),
+        (16, {"top_p": 0.8}, True, "sparse"),
+        (16, {"top_k": 16, "top_p": 1.0}, True, "mask"),  # which filters nothing
+        (16, {}, False, "mask"),
+        (64, {"top_k": 6}, False, "explicit"),
+        (65, {"top_k": 6}, False, "mask"),
+        (65, {"top_k": 6}, True, "mask"),
+        (65, {"top_k": 6, "dropout": 0.1}, False, "mask"),
+        (65, {"top_k": 6, "dropout": 0.1}, True, "sparse"),  # SDPA has no fused kernel for it on a CPU
+    ],
+)
+def test_the_way_through_the_layer_is_the_fastest(tokens, options, training, way, monkeypatch):
+    layer, x = attention_layer(**options).train(training), tokens_in(tokens)
+    ways = {"_masked_attention": "mask", "_sparse_attention": "sparse"}
+    taken = []
+    for name, said in ways.items():
+        real = getattr(layer, name)
+        monkeypatch.setattr(layer, name, lambda *a, real=real, said=said: taken.append(said) or real(*a))
+    layer(x)
+    assert taken == ([] if way == "explicit" else [way])
+    layer.fused_attn = False
+    layer(x)
+    assert len(taken) == (way != "explicit")
+
+
+def test_on_another_device_dropout_is_no_reason_against_the_mask():
+    layer = attention_layer(top_k=6, dropout=0.1).train()
+    assert layer._prefers_mask(torch.empty(1, 1, 65, 8, device="meta"))
+    assert not layer._prefers_mask(torch.empty(1, 1, 64, 8, device="meta"))
+
+
+def test_the_defaults_filter_nothing_and_scale_nothing():
+    layer = NKATAttention(32)
+    assert (layer.num_heads, layer.temperature, layer.top_k, layer.top_p) == (8, 1.0, None, None)
+    assert (layer.modulation.strength, layer.attn_drop.p, layer.split_heads) == (0.0, 0.0, False)
+    assert repr(layer.modulation).startswith("NKATModulation(strength=0")
+    assert "num_heads=8, temperature=1.0, top_k=None, top_p=None, split_heads=False" in repr(layer)
+
+
+def test_a_width_that_the_heads_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="dim is 30; num_heads 4 must divide it"):
+        NKATAttention(30, num_heads=4)

@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,7 +158,7 @@ def test_the_detail_says_which_accuracy_was_missing(lam: float, needed: str) -> 
 def test_an_accuracy_of_zero_divides_nothing() -> None:
     row = result(40, 0.0, 0.0)
     assert verdict(LocalTPEGate(), row) == "gate"
-    assert "\n" not in row[STOP_DETAIL]
+    assert row[STOP_DETAIL] == "epoch 40: Local TPE 0.0000 < gate 0.6"
 
 
 # --- the projection ---------------------------------------------------------------------------------------------------
@@ -351,3 +352,34 @@ def test_a_value_out_of_range_is_refused(name: str, value: Any) -> None:
 )
 def test_a_value_at_the_end_of_its_range_is_allowed(name: str, value: Any) -> None:
     assert getattr(LocalTPEGate(**{name: value}), name) == value
+
+
+class Told:
+    """A projection that says what it was made to say, and remembers what it was told."""
+
+    def __init__(self, upper: float) -> None:
+        self.upper = upper
+        self.learned: list[Any] = []
+        self.asked: list[Any] = []
+
+    def learn(self, key: Any, epoch: int, score: float) -> None:
+        self.learned.append((key, epoch, score))
+
+    def project(self, key: Any, epoch: int) -> Any:
+        self.asked.append((key, epoch))
+        return SimpleNamespace(upper=self.upper, expected=self.upper - 0.01, finished=10)
+
+
+def test_a_projection_that_just_reaches_the_gate_stops_nobody() -> None:
+    at, below = Told(0.60), Told(0.5999)
+    assert verdict(LocalTPEGate(projection=at), result()) is None  # type: ignore[arg-type]
+    assert verdict(LocalTPEGate(projection=below), result()) == "gate"  # type: ignore[arg-type]
+
+
+def test_a_trial_is_known_by_its_number_or_where_there_is_none_by_its_id() -> None:
+    told = Told(1.0)
+    gate = LocalTPEGate(projection=told)  # type: ignore[arg-type]
+    for trial_id, more in (("a", {"config": {"trial": 7}}), ("b", {"config": {}}), ("c", {"config": None}), ("d", {})):
+        gate(trial_id, result(2, 0.5, 0.25, **more))
+    assert told.learned == [(key, 2, 0.25) for key in (7, "b", "c", "d")]
+    assert told.asked == [(key, 2) for key in (7, "b", "c", "d")]

@@ -290,3 +290,21 @@ def test_trials_compete_within_their_bracket_alone_and_a_restart_keeps_them_ther
 def test_values_out_of_range_are_refused(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResumableASHA(**{"max_t": 27, "grace_period": 1, "reduction_factor": 3, **changes})
+
+
+def test_values_at_the_ends_are_allowed_and_the_defaults_are_one_bracket_and_seed_0() -> None:
+    assert list(ResumableASHA(max_t=4, grace_period=4, reduction_factor=2).rungs()) == [4]
+    assert sorted(ResumableASHA(max_t=4, grace_period=1, reduction_factor=2).rungs()) == [1, 2, 4]
+    shape = dict(max_t=27, grace_period=1, reduction_factor=3)
+    assert len(ResumableASHA(**shape)._brackets) == 1
+    zero, default = ResumableASHA(**shape, brackets=4, seed=0), ResumableASHA(**shape, brackets=4)
+    assert [default.bracket_of(n) for n in range(50)] == [zero.bracket_of(n) for n in range(50)]
+
+
+def test_the_last_score_of_a_finished_trial_counts_in_its_rung_if_it_is_finite() -> None:
+    scheduler = ResumableASHA(max_t=27, grace_period=1, reduction_factor=3)
+    for number, score in ((0, 0.4), (1, NAN)):
+        trial = fake(number)
+        scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+        scheduler.on_trial_complete(None, trial, result(3, score))  # type: ignore[arg-type]
+    assert scheduler.rungs()[3] == {"driver0_00000": 0.4}
