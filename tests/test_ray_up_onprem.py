@@ -2,7 +2,7 @@
 
 Two machines stand in namespaces of this one, each with a real sshd (tests/onprem_cluster.py); the YAML and the commands
 are read out of the document. The first run loses its worker in the middle of Stage 1; the machine comes back; the
-second run has both from first to last. No packet leaves the machine. About seven minutes on two cores.
+second run has both from first to last. No packet leaves the machine.
 """
 
 import json
