@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 NAMESPACE = "nkat-ray"
 
@@ -36,9 +37,15 @@ class Vault:
 
 
 def open_vault(name: str) -> ActorHandle[Any]:
-    """A vault of this driver alone: the handle travels by hand, and the name is only for people (`ray list actors`)."""
+    """A vault of this driver alone: the handle travels by hand, and the name is only for people (`ray list actors`).
+
+    It lives on the driver's node, the head as a rule: a worker may be a spot instance.
+    """
     actor: Any = Vault  # ray.remote's stub does not know `options`
-    handle: ActorHandle[Any] = actor.options(name=f"vault-{name}-{uuid.uuid4().hex[:8]}", namespace=NAMESPACE).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    handle: ActorHandle[Any] = actor.options(
+        name=f"vault-{name}-{uuid.uuid4().hex[:8]}", namespace=NAMESPACE, scheduling_strategy=here
+    ).remote()
     return handle
 
 
