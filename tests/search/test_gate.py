@@ -324,11 +324,13 @@ def test_the_defaults_are_the_specs() -> None:
     ("name", "value"),
     [
         ("threshold", 0),
+        ("threshold", 1.0001),
         ("threshold", 7),
         ("threshold", -0.6),
         ("threshold", NAN),
         ("smoke_epoch", 0),
         ("smoke_accuracy", -0.1),
+        ("smoke_accuracy", 1.0001),
         ("smoke_accuracy", 45),
         ("smoke_accuracy", NAN),
         ("max_epochs", 0),
