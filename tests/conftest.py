@@ -1,5 +1,6 @@
 """One local Ray instance for the whole session, real data where there are some, and a run small enough for seconds."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,27 @@ def ray_local() -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def own_processes() -> Callable[[str], list[int]]:
+    """Finds Ray's processes by the beginning of their title: those that this process's own Ray instance has started,
+    since others may run Ray on this machine too."""
+
+    def is_ours(process: int) -> bool:
+        while process > 1 and process != os.getpid():  # a worker's parent is its node's raylet, whose parent is ours
+            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        return process == os.getpid()
+
+    def find(title: str) -> list[int]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has just ended
+                if path.read_bytes().startswith(title.encode()) and is_ours(int(path.parent.name)):
+                    found.append(int(path.parent.name))
+        return found
+
+    return find
 
 
 @pytest.fixture(scope="session")

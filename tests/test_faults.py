@@ -25,6 +25,8 @@ from nkat_ray.search.space import domains
 
 pytestmark = pytest.mark.cluster
 
+Find = Callable[[str], list[int]]
+
 PATIENCE_S = 600.0
 TRIALS, EPOCHS = 3, 5
 STORE_BYTES = 100 * 2**20
@@ -45,6 +47,7 @@ def cluster() -> Iterator[Any]:
 
         there = Cluster(
             initialize_head=True,
+            shutdown_at_exit=False,  # else each node sets signal handlers, which only the main thread may
             head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False},
         )
         ray.init(address=there.address, log_to_driver=False, logging_level="ERROR")
@@ -111,23 +114,6 @@ def noticed(folder: Path, text: str) -> bool:
     return any(event["event"] == "notice" and text in event["text"] for event in events(folder))
 
 
-def processes(title: str) -> list[int]:
-    """Those of this test's own cluster: others may run Ray on this machine too."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(title.encode()) and is_ours(int(path.parent.name)):
-                found.append(int(path.parent.name))
-    return found
-
-
-def is_ours(process: int) -> bool:
-    """Whether this process is an ancestor: of the node's raylet, which started it."""
-    while process > 1 and process != os.getpid():
-        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    return process == os.getpid()
-
-
 def wait_until(condition: Callable[[], Any]) -> Any:
     end = time.monotonic() + PATIENCE_S
     while not (value := condition()):
@@ -146,6 +132,7 @@ def meanwhile(action: Callable[[], None]) -> Iterator[None]:
             action()
         except BaseException as error:
             failed.append(error)
+            signal.raise_signal(signal.SIGINT)  # the run may wait for what does not come
 
     thread = threading.Thread(target=guarded)
     thread.start()
@@ -188,10 +175,10 @@ def whole(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return found
 
 
-def test_a_worker_process_that_is_killed(whole: Any, nodes: Nodes, tmp_path: Path) -> None:
+def test_a_worker_process_that_is_killed(whole: Any, nodes: Nodes, tmp_path: Path, own_processes: Find) -> None:
     def kill() -> None:
         wait_until(happened(tmp_path, "result", 2))
-        os.kill(processes(TRAINING)[0], signal.SIGKILL)
+        os.kill(own_processes(TRAINING)[0], signal.SIGKILL)
 
     with meanwhile(kill):
         assert drive(config(tmp_path)) == 0
@@ -210,10 +197,10 @@ def test_a_node_that_dies_in_stage_1(whole: Any, nodes: Nodes, tmp_path: Path) -
     assert noticed(tmp_path, "is tried again after a fault")
 
 
-def test_a_node_that_dies_in_stage_2(whole: Any, nodes: Nodes, tmp_path: Path) -> None:
+def test_a_node_that_dies_in_stage_2(whole: Any, nodes: Nodes, tmp_path: Path, own_processes: Find) -> None:
     def kill() -> None:
         wait_until(happened(tmp_path, "stage2", 2))
-        wait_until(lambda: processes(TRANSFER))
+        wait_until(lambda: own_processes(TRANSFER))
         nodes.kill()
 
     with meanwhile(kill):
@@ -221,12 +208,12 @@ def test_a_node_that_dies_in_stage_2(whole: Any, nodes: Nodes, tmp_path: Path) -
     assert outcome(tmp_path) == whole
 
 
-def test_the_vaults_process_that_is_killed(whole: Any, nodes: Nodes, tmp_path: Path) -> None:
+def test_the_vaults_process_that_is_killed(whole: Any, nodes: Nodes, tmp_path: Path, own_processes: Find) -> None:
     """The weights that it held are lost; those on disk are not."""
 
     def kill() -> None:
         wait_until(happened(tmp_path, "end"))
-        for process in processes(VAULT):
+        for process in own_processes(VAULT):
             os.kill(process, signal.SIGKILL)
 
     with meanwhile(kill):
@@ -253,16 +240,18 @@ def test_a_node_that_joins_late_gets_trials(whole: Any, nodes: Nodes, tmp_path: 
         nodes.add()
 
     with meanwhile(join):
-        assert drive(config(tmp_path, epochs=2 * EPOCHS, grace=2 * EPOCHS)) == 0
+        assert drive(config(tmp_path, num_samples=5, epochs=30, grace=30)) == 0  # longer than a process takes to start
     assert [event["slots"] for event in events(tmp_path) if event["event"] == "slots"] == [1, 2]
     assert noticed(tmp_path, "the cluster has changed: 2 trials at a time, 1 before")
     rows = pq.read_table(tmp_path / "r" / "curves.parquet").to_pylist()
     spans = [(row["trial"], row["started_s"], row["started_s"] + row["epoch_s"]) for row in rows]
     assert any(a != b and max(s, t) < min(e, f) for a, s, e in spans for b, t, f in spans)  # two at a time
-    assert [row["stop_reason"] for row in outcome(tmp_path)["trials"]] == ["finished"] * TRIALS
+    assert [row["stop_reason"] for row in outcome(tmp_path)["trials"]] == ["finished"] * 5
 
 
-def test_a_stage_2_whose_nodes_die_twice_counts_that_dataset_as_failed(nodes: Nodes, tmp_path: Path) -> None:
+def test_a_stage_2_whose_nodes_die_twice_counts_that_dataset_as_failed(
+    nodes: Nodes, tmp_path: Path, own_processes: Find
+) -> None:
     """One slot: each death hits one task, and of four tasks one is hit twice before long."""
     nodes.kill()
     deaths = 0
@@ -274,12 +263,12 @@ def test_a_stage_2_whose_nodes_die_twice_counts_that_dataset_as_failed(nodes: No
         nonlocal deaths
         wait_until(happened(tmp_path, "stage1_done"))
         while not failed():
-            wait_until(lambda: processes(TRANSFER) or failed())
+            wait_until(lambda: own_processes(TRANSFER) or failed())
             if not failed():
                 nodes.kill()
                 nodes.add()
                 deaths += 1
-                wait_until(lambda: not processes(TRANSFER))
+                wait_until(lambda: not own_processes(TRANSFER))
 
     slow = {"transfer_images": None, "transfer_epochs": 3, "num_samples": 1, "epochs": 1, "grace": 1}
     with meanwhile(kill):

@@ -1,5 +1,6 @@
 """What lies in the Ray object store: the images, one copy a node; the weights, also where the store is small."""
 
+import contextlib
 import dataclasses
 import statistics
 import threading
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.cluster
 STORE_BYTES = 400 * 2**20
 IMAGES = 60_000  # 184 MB: CIFAR-10 as a whole
 TRIALS = 4
+TRAINING = "ray::ImplicitFunc"  # how Ray titles a process that trains
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,14 @@ def store() -> Iterator[Any]:
 class Gauge:
     """Private memory of the processes that train, while one measures."""
 
-    def __init__(self) -> None:
+    def __init__(self, find: Callable[[str], list[int]]) -> None:
+        self._find = find
         self._seen: dict[int, list[int]] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
     def __enter__(self) -> "Gauge":
+        self._earlier = set(self._find(TRAINING))  # a search's last process may outlive it by a moment
         self._thread.start()
         return self
 
@@ -63,12 +67,9 @@ class Gauge:
 
     def _watch(self) -> None:
         while not self._over.wait(0.1):
-            for folder in Path("/proc").glob("[0-9]*"):
-                try:
-                    if (folder / "cmdline").read_bytes().startswith(b"ray::ImplicitFunc"):
-                        self._seen.setdefault(int(folder.name), []).append(private_bytes(folder))
-                except OSError:
-                    continue  # it has just ended
+            for process in set(self._find(TRAINING)) - self._earlier:
+                with contextlib.suppress(OSError):  # it has just ended
+                    self._seen.setdefault(process, []).append(private_bytes(process))
 
     def bytes_each(self) -> float:
         """Of a process towards its end, when everything is loaded; the mean over the processes."""
@@ -79,13 +80,15 @@ class Gauge:
         return len(self._seen)
 
 
-def private_bytes(folder: Path) -> int:
-    lines = (folder / "smaps_rollup").read_text().splitlines()
+def private_bytes(process: int) -> int:
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 @pytest.fixture
-def train(store: Any, tiny_run: Callable[..., Any], tiny_fixed: Any, tiny_data: Any, tmp_path: Path) -> Any:
+def train(
+    store: Any, own_processes: Any, tiny_run: Callable[..., Any], tiny_fixed: Any, tiny_data: Any, tmp_path: Path
+) -> Any:
     """Trains trials on 160 of so many images, some at a time; returns the gauge."""
 
     def run_trials(images: int, at_a_time: int) -> Gauge:
@@ -95,12 +98,12 @@ def train(store: Any, tiny_run: Callable[..., Any], tiny_fixed: Any, tiny_data: 
         labels = np.zeros(images, np.int64)
         labels[:200] = selection.labels[:200]
         data = dataclasses.replace(tiny_data, selection=dataclasses.replace(selection, images=many, labels=labels))
-        run = tiny_run(num_samples=at_a_time, max_concurrent=at_a_time, epochs=60, grace=60, gate=1.0)
+        run = tiny_run(num_samples=at_a_time, max_concurrent=at_a_time, epochs=30, grace=30, gate=1.0)
         folder = tmp_path / uuid.uuid4().hex
         folder.mkdir()
         journal = Journal(folder)
         journal.write("run")
-        with Gauge() as gauge:
+        with Gauge(own_processes) as gauge:
             tuner.tune_stage1(
                 run, fixed=tiny_fixed, data=data, vault=open_vault(folder.name), journal=journal, folder=folder,
                 tune_folder=str(folder / "tune"), listeners=Listeners(),
