@@ -1,6 +1,7 @@
 """Where a run computes: finding, starting and describing the Ray instance."""
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -10,7 +11,7 @@ from typing import Any
 
 import ray
 import yaml
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import AuthenticationError, NodeDiedError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nkat_ray.config import RunConfig
@@ -18,6 +19,7 @@ from nkat_ray.search.resources import Cluster, Share, cluster_of, refuse_oversiz
 
 HEAD_MARKER = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves its configuration on the head under this name
 HEAD_RESOURCE = "node:__internal_head__"  # Ray gives it to the head alone
+GONE = (NodeDiedError, TaskUnschedulableError, WorkerCrashedError)  # what Ray says of a node that has just died
 CONNECT_S = 5.0
 LOCAL_STARTS = 3  # on a busy machine the first may be too slow
 GPU_PROBE_S = 60.0  # a worker imports torch to say how much memory its GPU has
@@ -134,6 +136,7 @@ def all_nodes() -> list[dict[str, Any]]:
     return [node for node in nodes if HEAD_RESOURCE in node["Resources"]] + coming if coming else nodes
 
 
+@functools.cache  # asked every other second, and YAML is slow; a driver never sees its cluster's file change
 def nodes_to_come(config_file: Path) -> list[dict[str, Any]]:
     """Every worker that the cluster's autoscaler may start, as `ray.nodes()` would have it.
 
@@ -202,8 +205,8 @@ def nodes_without(path: Path) -> list[str]:
 
 
 def _answer(reference: Any) -> Any:
-    """What a node answered; None from one that is gone."""
+    """What a node answered; None from one that is gone. Any other fault is raised."""
     try:
         return ray.get(reference)
-    except RayError:
+    except GONE:
         return None
