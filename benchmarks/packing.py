@@ -8,6 +8,7 @@ trials of a tiny network, one at a time, each in the worker process of the one b
 """
 
 import math
+import os
 import statistics
 import tempfile
 from collections.abc import Mapping
@@ -42,11 +43,16 @@ class Args:
     """Slots for them."""
     real_trials: int = 12
     """Real trials, one at a time; 0 leaves that part out."""
+    cores_for_all: bool = True
+    """Start the slots' processes as Ray does where each slot has a core of its own; with `--no-cores_for_all` as many at
+    once as this machine has cores."""
     seed: int = 0
     """Seed of the run, hence of the trials' lengths."""
 
 
 def main(args: Args) -> None:
+    if args.cores_for_all:  # Ray starts as many processes at once as the machine has cores, whatever num_cpus says
+        os.environ["RAY_worker_maximum_startup_concurrency"] = str(args.slots)
     ray.init(address="local", num_cpus=args.slots, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     table = Table(
         "what", "trials", "slots", "training_share", "start of a trial, s: first", "of the others: median", "largest"
