@@ -45,6 +45,7 @@ def test_asha_stops_the_weaker_of_two_at_the_first_rung(sim: ModuleType) -> None
     outcome = sim.simulate(table, sim.Rules(asha=True, grace=1), sim.InOrder([0, 1]), slots=1)
     assert outcome.ends == {0: ("finished", 4), 1: ("asha", 1)}
     assert (outcome.epochs, outcome.best) == (5, 0.5)
+    assert [outcome.epochs_until(score) for score in (0.0, 0.5, 0.51)] == [1, outcome.scores.index(0.5) + 1, None]
 
 
 def test_the_projection_stops_a_hopeless_trial_after_enough_have_finished(sim: ModuleType) -> None:

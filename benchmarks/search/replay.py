@@ -57,25 +57,32 @@ def main() -> None:
     for percentile in (50, 80):
         gate = float(np.percentile(finals, percentile))
         print(f"\ngate at the {percentile}th percentile: {gate:.4f}\n")
-        print("| rules | epochs | best final score | survivors | stopped by the projection | false stops |")
-        print("|---|---|---|---|---|---|")
+        print("| rules | epochs | to the first survivor | to the best final score | best final score | survivors | stopped by the projection | false stops |")
+        print("|---|---|---|---|---|---|---|---|")
         for name, rules in rules_of(gate, arguments.grace).items():
             outcomes = [run(table, rules, seed, gate, search=arguments.search) for seed in range(arguments.seeds)]
             print(f"| {name} | " + " | ".join(cells(table, outcomes, gate, projecting=rules.projection)) + " |")
 
 
 def cells(table: list[Curve], outcomes: list[Outcome], gate: float, *, projecting: bool) -> list[str]:
-    mean, half, _ = mean_interval([outcome.epochs for outcome in outcomes])
     best, best_half, error = mean_interval([outcome.best for outcome in outcomes])
     passed = [sum(max(table[r].scores[:e]) >= gate for r, (_, e) in o.ends.items()) for o in outcomes]
     wrong, would = np.sum([false_stops(table, outcome, gate) for outcome in outcomes], axis=0)
     return [
-        f"{mean:.0f} +- {half:.0f}",
+        whole([outcome.epochs for outcome in outcomes]),
+        whole([outcome.epochs_until(gate) for outcome in outcomes]),
+        whole([outcome.epochs_until(outcome.best) for outcome in outcomes]),
         f"{best:.4f} +- {best_half:.4f} (s.e. {error:.4f})",
         f"{np.mean(passed):.1f}",
         f"{np.mean([len(outcome.projected) for outcome in outcomes]):.1f}" if projecting else "",
         f"{wrong} of {would} ({100 * wrong / would:.1f} %)" if projecting and would else "",
     ]
+
+
+def whole(epochs: list[int | None]) -> str:
+    known = [float(number) for number in epochs if number is not None]
+    mean, half, _ = mean_interval(known)
+    return f"{mean:.0f} +- {half:.0f}" + (f" ({len(known)} of {len(epochs)})" if len(known) < len(epochs) else "")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ training itself are left out.
 """
 
 import heapq
+import math
 import statistics
 import tempfile
 from collections import Counter
@@ -57,11 +58,24 @@ class Rules:
 class Outcome:
     """What a simulated search came to."""
 
-    epochs: int = 0
+    scores: list[float] = field(default_factory=list)  # of every epoch of every trial, in the order of their ends
     seconds: float = 0.0  # of simulated time, until the last trial ended
-    best: float = -np.inf  # highest score that any trial has shown
     ends: dict[int, tuple[str, int]] = field(default_factory=dict)  # row of the table -> stop reason, epoch
     projected: set[int] = field(default_factory=set)  # rows that the projection stopped
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that were trained, of all trials together."""
+        return len(self.scores)
+
+    @property
+    def best(self) -> float:
+        """The highest score that any trial has shown."""
+        return max(self.scores, default=-math.inf)
+
+    def epochs_until(self, score: float) -> int | None:
+        """Epochs of all trials together until one has reached the score; None if none has."""
+        return next((number for number, found in enumerate(self.scores, 1) if found >= score), None)
 
     def reasons(self) -> Counter[str]:
         """How many trials ended by which reason."""
@@ -166,8 +180,8 @@ def simulate(
             EPOCH: epoch, VAL_ACCURACY: curve.accuracies[epoch - 1], LOCAL_TPE: curve.scores[epoch - 1],
             "config": trial.config,
         }  # fmt: skip
-        outcome.epochs, outcome.seconds = outcome.epochs + 1, now
-        outcome.best = max(outcome.best, curve.scores[epoch - 1])
+        outcome.scores.append(curve.scores[epoch - 1])
+        outcome.seconds = now
         reason = _judge(rules, gate, asha, trial, result, epochs)
         source.on_result(number, result)
         if reason is None:
