@@ -34,6 +34,7 @@ from rich.table import Table
 from nkat_ray.config import STAGE1_DATASET, DataConfig, RunConfig
 from nkat_ray.data import Dataset, open_dataset
 from nkat_ray.data.selection import select_images, training_limits
+from nkat_ray.search import SETTINGS
 from nkat_ray.search.space import domains
 
 Name = Literal["ours", "ray", "optuna"]
@@ -124,6 +125,8 @@ def ours(run: RunConfig, log: Log) -> None:
 
 
 def ray_alone(run: RunConfig, log: Log) -> None:
+    for name in SETTINGS:  # of our own runs
+        os.environ.pop(name, None)
     import ray
     import torch
     from ray import tune
@@ -178,7 +181,8 @@ def optuna_alone(run: RunConfig, log: Log) -> None:
         for result, _ in epochs_of(seed, run, data):
             log("epoch", seed, started_s=result.started_s, epoch_s=result.epoch_s)
             trial.report(result.val_accuracy, result.epoch)
-            if trial.should_prune():
+            if trial.should_prune():  # after the last epoch at the earliest: it is trained in full
+                log("end", seed, lost=False)
                 raise optuna.TrialPruned
         log("end", seed, lost=False)
         return float(result.val_accuracy)

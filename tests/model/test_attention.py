@@ -248,6 +248,18 @@ def test_scores_are_float32_under_autocast():
     torch.testing.assert_close(seen[0].double(), exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{"top_k": 6, "top_p": 0.8}, {}])
+def test_a_layer_in_bfloat16_needs_no_autocast(fused, training, options):
+    layer, x = attention_layer(nkat_strength=0.5, **options).train(training), tokens_in(16)
+    exact = layer(x)
+    layer.fused_attn = fused
+    out = layer.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
 def test_switching_fused_attention_off_is_read_when_built():
     set_fused_attn(False)
     try:
