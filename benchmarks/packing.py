@@ -44,15 +44,15 @@ class Args:
     real_trials: int = 12
     """Real trials, one at a time; 0 leaves that part out."""
     cores_for_all: bool = True
-    """Start the slots' processes as Ray does where each slot has a core of its own; with `--no-cores_for_all` as many at
-    once as this machine has cores."""
+    """Start the slots' processes as Ray does where each slot has a core of its own, all at once; with
+    `--no-cores_for_all` as many at once as this machine has cores."""
     seed: int = 0
     """Seed of the run, hence of the trials' lengths."""
 
 
 def main(args: Args) -> None:
     if args.cores_for_all:  # Ray starts as many processes at once as the machine has cores, whatever num_cpus says
-        os.environ["RAY_worker_maximum_startup_concurrency"] = str(args.slots)
+        os.environ["RAY_worker_maximum_startup_concurrency"] = str(args.slots)  # noqa: SIM112
     ray.init(address="local", num_cpus=args.slots, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     table = Table(
         "what", "trials", "slots", "training_share", "start of a trial, s: first", "of the others: median", "largest"

@@ -57,7 +57,9 @@ def main() -> None:
     for percentile in (50, 80):
         gate = float(np.percentile(finals, percentile))
         print(f"\ngate at the {percentile}th percentile: {gate:.4f}\n")
-        print("| rules | epochs | to the first survivor | to the best final score | best final score | survivors | stopped by the projection | false stops |")
+        print(
+            "| rules | epochs | to the first survivor | to the best final score | best final score | survivors | stopped by the projection | false stops |"
+        )
         print("|---|---|---|---|---|---|---|---|")
         for name, rules in rules_of(gate, arguments.grace).items():
             outcomes = [run(table, rules, seed, gate, search=arguments.search) for seed in range(arguments.seeds)]
