@@ -16,6 +16,10 @@ from curves import SPACE, TABLE, load
 from simulator import Curve, InOrder, Outcome, Rules, by_searcher, curves_of, mean_interval, simulate
 
 SLOTS = 4
+COLUMNS = (
+    "epochs", "to the first survivor", "to the best final score", "best final score", "survivors",
+    "stopped by the projection", "false stops",
+)  # fmt: skip
 
 
 def rules_of(gate: float, grace: int) -> dict[str, Rules]:
@@ -57,10 +61,7 @@ def main() -> None:
     for percentile in (50, 80):
         gate = float(np.percentile(finals, percentile))
         print(f"\ngate at the {percentile}th percentile: {gate:.4f}\n")
-        print(
-            "| rules | epochs | to the first survivor | to the best final score | best final score | survivors | stopped by the projection | false stops |"
-        )
-        print("|---|---|---|---|---|---|---|---|")
+        print("| " + " | ".join(("rules", *COLUMNS)) + " |\n" + "|---" * (1 + len(COLUMNS)) + "|")
         for name, rules in rules_of(gate, arguments.grace).items():
             outcomes = [run(table, rules, seed, gate, search=arguments.search) for seed in range(arguments.seeds)]
             print(f"| {name} | " + " | ".join(cells(table, outcomes, gate, projecting=rules.projection)) + " |")
