@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat_ray.prepare import config_of_json
-from nkat_ray.report.html import load_study
+from nkat_ray.report.study import load_study
 from nkat_ray.report.tables import read_trials
 from nkat_ray.search.journal import JOURNAL_FILE, read_state
 from nkat_ray.search.scheduler import ResumableASHA

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from nkat_ray.report.html import load_study
+from nkat_ray.report.study import load_study
 from nkat_ray.run import _terminated_like_interrupted
 
 pytestmark = pytest.mark.cluster

@@ -8,7 +8,8 @@ import tyro
 
 from nkat_ray.config import ScreenConfig
 from nkat_ray.report import tables
-from nkat_ray.report.html import compare, write_report
+from nkat_ray.report.comparison import compare
+from nkat_ray.report.html import write_report
 from nkat_ray.report.terminal import Screen, final_report, result_lines
 from nkat_ray.search.journal import read_state
 from nkat_ray.search.rows import trial_rows

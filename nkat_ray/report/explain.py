@@ -111,9 +111,7 @@ def write_explanation(found: Explanation, out: Path) -> Path:
         (out / f"image_{number:02}-rollout.png").write_bytes(attention.png(_rollout_picture(example)))
     (out / HEADS_FILE).write_bytes(attention.png(_heads_picture(found)))
     (out / PARAMETERS_FILE).write_bytes(attention.png(_parameters_picture(found)))
-    page = out / PAGE_FILE
-    page.write_text(explanation_page(found).render(), encoding="utf-8")
-    return page
+    return explanation_page(found).save(out / PAGE_FILE)
 
 
 def _title(example: Example) -> str:

@@ -1,23 +1,23 @@
-"""`report.html`: one run, or several side by side, from the files in its folder alone.
+"""`report.html`: one run, from the files in its folder alone.
 
 Also for a run that is still going, was interrupted, or whose gate nobody passed: what is missing is left out and said.
 """
 
 import json
 import math
-import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from nkat_ray.config import SPACES, Choice, Domain, TrainConfig, TrialConfig, field_names
-from nkat_ray.domains import domain_of_json
+from nkat_ray.config import Choice, TrainConfig, TrialConfig, field_names
 from nkat_ray.metrics import LAMBDA_MODELS, STAGE2_DATASETS
 from nkat_ray.report import charts, results, tables
-from nkat_ray.report.page import Page, escaped, table
+from nkat_ray.report.page import Page, cell, escaped, table
+from nkat_ray.report.run_folder import Run, load_run
+from nkat_ray.report.study import load_study, study_importances
 from nkat_ray.report.terminal import duration, number
 
 SLICES_SHOWN: Final = 8  # the most important parameters
@@ -28,82 +28,6 @@ FUNNEL: Final = (  # what is left, and the stop reasons that end a trial there
 )
 STATE_CLASS: Final = {"met": "good", "missed": "bad", "open": "open"}
 VERDICT_CLASS: Final = {"reached": "reached", "not reached": "not-reached", "undecided": "undecided"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder's files; what is not there yet is empty."""
-
-    folder: Path
-    config: Mapping[str, Any] = field(default_factory=dict)
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    trials: Sequence[Mapping[str, Any]] = ()
-    curves: Sequence[Mapping[str, Any]] = ()
-    stage2: Sequence[Mapping[str, Any]] = ()
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return str(self.config.get("name") or self.folder.name)
-
-    @property
-    def gate(self) -> float:
-        """Local TPE that a trial had to reach."""
-        return float(self.summary.get("gate", self.config.get("gate", results.NOTES_GATE)))
-
-    @property
-    def known(self) -> dict[str, Any]:
-        """The summary, or what is known of it before it is written."""
-        data = self.config.get("found")
-        if not isinstance(data, Mapping):  # described with the configuration, or only the flag
-            data = {"all": {"source": "synthetic"}} if data == "synthetic" else {}
-        start = {"gate": self.gate, "preset": self.config.get("preset"), "data": data}
-        return {"winner": None, "exit_code": None, **start, **self.summary}
-
-    @property
-    def winner(self) -> int | None:
-        """The best survivor's number, once Stage 2 has named it."""
-        winner = self.summary.get("winner")
-        return winner["trial"] if winner else None
-
-    @property
-    def ended(self) -> bool:
-        """Whether the run has come to its end; an interrupted one has not."""
-        return self.summary.get("exit_code") not in (None, results.INTERRUPTED)
-
-    @property
-    def searched(self) -> list[str]:
-        """Names of the searched parameters."""
-        return list(self.domains or SPACES["round2"])
-
-    @property
-    def domains(self) -> Mapping[str, Domain]:
-        """What each of them might be; empty where the run does not say."""
-        own = self.config.get("own_space")
-        if own:
-            return {name: domain_of_json(domain) for name, domain in own.items()}
-        return SPACES.get(str(self.config.get("space")), {})
-
-
-def load_run(folder: Path) -> Run:
-    """Read a run folder.
-
-    Raises:
-        ValueError: the folder is not there, or holds none of a run's files.
-    """
-    readers: dict[str, tuple[str, Callable[[Path], Any]]] = {
-        "config": (tables.CONFIG_FILE, tables.read_summary),
-        "summary": (tables.SUMMARY_FILE, tables.read_summary),
-        "trials": (tables.TRIALS_FILE, tables.read_trials),
-        "curves": (tables.CURVES_FILE, tables.read_curves),
-        "stage2": (tables.STAGE2_FILE, tables.read_stage2),
-    }
-    found: dict[str, Any] = {
-        name: read(folder / file) for name, (file, read) in readers.items() if (folder / file).is_file()
-    }
-    if not found:
-        raise ValueError(f"{folder} holds no run; a run's folder has {', '.join(file for file, _ in readers.values())}")
-    return Run(folder, **found)
 
 
 def write_report(run_folder: Path, out: Path | None = None) -> Path:
@@ -118,25 +42,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     """
     run = load_run(run_folder)
     out = out or run_folder / tables.REPORT_FILE
-    return _save(out, run_page(run))
-
-
-def compare(*run_folders: Path, out: Path) -> Path:
-    """Write one page that sets several runs side by side and return its path.
-
-    Raises:
-        ValueError: fewer than two folders, or one that holds no run.
-    """
-    if len(run_folders) < 2:
-        raise ValueError(f"compare needs at least two runs, {len(run_folders)} given")
-    return _save(out, compare_page([load_run(folder) for folder in run_folders]))
-
-
-def _save(out: Path, page: Page) -> Path:
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.write_text(page.render(), encoding="utf-8")
-    os.replace(temporary, out)
-    return out
+    return run_page(run).save(out)
 
 
 def run_page(run: Run) -> Page:
@@ -244,28 +150,24 @@ def funnel(trials: Sequence[Mapping[str, Any]], winner: int | None) -> list[Step
 
     A trial that passed the gate is a survivor whatever ended it later, so it leaves at none of the earlier steps.
     """
-    total = _epochs(trials)
+    total = results.epochs_of(trials)
     steps = [Step("proposed", len(trials), f"{total} epochs in all")]
     left = list(trials)
     for name, ends in FUNNEL:
         gone = [row for row in left if charts.reason(row) in ends and not row.get("passed_gate")]
         left = [row for row in left if row not in gone]
-        ended = f"{len(gone)} ended here ({', '.join(ends)}), {_share(_epochs(gone), total)}"
+        ended = f"{len(gone)} ended here ({', '.join(ends)}), {_share(results.epochs_of(gone), total)}"
         steps.append(Step(name, len(left), ended if gone else "none ended here"))
     survivors = [row for row in left if row.get("passed_gate")]
     others = [row for row in left if not row.get("passed_gate")]
-    said = _share(_epochs(survivors), total) + " on survivors"
+    said = _share(results.epochs_of(survivors), total) + " on survivors"
     if others:
         kinds = ", ".join(sorted({charts.reason(row) for row in others}))
-        said = f"{len(others)} did not reach it ({kinds}), {_share(_epochs(others), total)}; {said}"
+        said = f"{len(others)} did not reach it ({kinds}), {_share(results.epochs_of(others), total)}; {said}"
     steps.append(Step("survivors of the gate", len(survivors), said))
     best = [row for row in trials if row["trial"] == winner]
-    chosen = f"trial {winner}, {_share(_epochs(best), total)}" if best else "none yet"
+    chosen = f"trial {winner}, {_share(results.epochs_of(best), total)}" if best else "none yet"
     return [*steps, Step("winner", len(best), chosen)]
-
-
-def _epochs(rows: Sequence[Mapping[str, Any]]) -> int:
-    return sum(row.get("epochs") or 0 for row in rows)
 
 
 def _share(epochs: int, total: int) -> str:
@@ -294,7 +196,7 @@ def _trial_table(run: Run) -> str:
             number(row.get("best_val_accuracy")),
             number(row.get("best_local_tpe")),
             number(row.get("lambda_theory"), 2),
-            *(_value(row.get(tables.CONFIG_PREFIX + name)) for name in run.searched),
+            *(cell(row.get(tables.CONFIG_PREFIX + name)) for name in run.searched),
             "-" if row.get("seed") is None else str(row["seed"]),
             escaped(" ".join(str(row.get("error") or row.get("stop_detail") or "").split())[:200]),
         ]
@@ -302,10 +204,6 @@ def _trial_table(run: Run) -> str:
     ]
     body = table(header, rows, numeric=(0, 2, 3, 4, 5))
     return f'<details class="printed"><summary>All {len(rows)} trials as a table</summary>{body}</details>'
-
-
-def _value(value: Any) -> str:
-    return "off" if value is None else f"{value:.4g}" if isinstance(value, float) else escaped(value)
 
 
 def _datasets(run: Run, page: Page) -> list[str]:
@@ -329,7 +227,7 @@ def _dataset_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         status = f'<span class="{"" if row["status"] == "ok" else "open"}">{escaped(row["status"])}</span>'
         scores = [number(row.get(key)) for key in ("tpe", *(f"tpe_{model}" for model in LAMBDA_MODELS))]
         note = "; ".join(filter(None, [row.get("mode"), row.get("error")]))
-        accuracy, n = number(row.get("test_accuracy")), _value(row.get("n_test") or "-")
+        accuracy, n = number(row.get("test_accuracy")), cell(row.get("n_test") or "-")
         cells.append([results.DATASET_NAMES[name], status, accuracy, interval, n, *scores, escaped(note)])
     return table(header, cells, numeric=(2, 3, 4, 5, 6, 7, 8))
 
@@ -385,51 +283,6 @@ def _importance(run: Run, page: Page) -> list[str]:
 def _choices(run: Run, name: str) -> Sequence[Any]:
     domain = run.domains.get(name)
     return domain.values if isinstance(domain, Choice) else ()
-
-
-def load_study(journal: Path) -> Any:
-    """The Optuna study in a run's journal, or None where it holds none yet. Nothing is unpickled or written."""
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    storage = JournalStorage(JournalFileBackend(str(journal)))
-    names = optuna.get_all_study_names(storage)
-    return optuna.load_study(study_name=names[-1], storage=storage) if names else None
-
-
-def study_importances(study: Any) -> tuple[dict[str, float], int, dict[str, list[tuple[Any, float, bool]]]]:
-    """Importances, the number of completed trials, and each parameter's points (value, objective, complete).
-
-    Of a study with two objectives the points show the first, Local TPE; the importances are those for both. An earlier
-    run's trials (`--warm_start`) are no points, since the page shows this run's, but they count in the importances.
-    """
-    import optuna
-
-    points: dict[str, list[tuple[Any, float, bool]]] = {}
-    complete = 0
-    for trial in study.get_trials(deepcopy=False):
-        if "warm_start" in trial.user_attrs:
-            continue
-        done = trial.state == optuna.trial.TrialState.COMPLETE
-        score = (
-            trial.values[0]
-            if done
-            else trial.intermediate_values.get(trial.last_step)
-            if trial.last_step is not None
-            else None
-        )
-        if score is None or not math.isfinite(score):
-            continue
-        complete += done
-        for name, value in trial.params.items():
-            points.setdefault(name, []).append((value, score, done))
-    if complete < 2:
-        return {}, complete, points
-    try:
-        return optuna.importance.get_param_importances(study), complete, points
-    except (ValueError, RuntimeError):  # Optuna refuses a study in which nothing varies
-        return {}, complete, points
 
 
 def _pareto(run: Run, page: Page) -> list[str]:
@@ -528,98 +381,3 @@ def _data_cells(name: str, item: Mapping[str, Any]) -> list[str]:
         escaped(images),
         escaped("; ".join(notes)),
     ]
-
-
-# --- several runs -----------------------------------------------------------------------------------------------------
-
-
-def compare_page(runs: Sequence[Run]) -> Page:
-    """Several runs side by side."""
-    named = _distinct(runs)
-    page = Page("NKAT-Ray: " + " against ".join(named))
-    page.add(f"<h1>NKAT-Ray: {len(runs)} runs compared</h1>")
-    best = _best_run(named)
-    page.add(f'<p class="verdict">{escaped(best)}</p>')
-    for name, run in named.items():
-        for notice in results.notices(run.known):
-            page.add(f'<p class="notice">{escaped(name)}: {escaped(notice)}</p>')
-    page.section("Against the targets", _run_table(named))
-    figure = charts.runs_bars({name: _winner_rows(run) for name, run in named.items()})
-    page.section("Datasets", page.chart(figure, "Test accuracy of each run's winner on the four datasets"))
-    figure = charts.best_so_far({name: run.trials for name, run in named.items()})
-    page.section("The search", page.chart(figure, "Best Local TPE by number of trials"), _reason_table(named))
-    page.section("Winners' configurations", _config_table(named))
-    return page
-
-
-def _distinct(runs: Sequence[Run]) -> dict[str, Run]:
-    """Runs by name; where names repeat, by folder."""
-    names = [run.name for run in runs]
-    return {run.name if names.count(run.name) == 1 else str(run.folder): run for run in runs}
-
-
-def _winner_rows(run: Run) -> dict[str, Mapping[str, Any]]:
-    return {} if run.winner is None else results.of_trial(run.stage2, run.winner)
-
-
-def _best_run(named: Mapping[str, Run]) -> str:
-    """One sentence: the run with the best Global TPE among those that count on all four, by validation."""
-    scored = {
-        name: results.validation_scores(run.stage2, run.winner).global_tpe
-        for name, run in named.items()
-        if run.winner is not None and results.datasets_counted(run.stage2, run.winner) == len(STAGE2_DATASETS)
-    }
-    if not scored:
-        return "No run has a winner that counts on all four datasets."
-    best = max(scored, key=lambda name: scored[name])
-    return f"{best} has the highest Global TPE on validation ({scored[best]:.3f})."
-
-
-def _run_table(named: Mapping[str, Run]) -> str:
-    header = ["run", "preset", "gate", "trials", "survivors", "winner", "datasets"]
-    header += [*results.METRIC_NAMES.values(), "time", "verdict"]
-    rows = []
-    for name, run in named.items():
-        verdict = results.verdict_of(run.known, run.stage2)
-        wall = run.summary.get("wall_s")
-        known = run.winner is not None
-        rows.append(
-            [
-                escaped(name),
-                escaped(run.config.get("preset", run.summary.get("preset", "-"))),
-                f"{run.gate:.2f}",
-                str(len(run.trials)),
-                str(sum(bool(row.get("passed_gate")) for row in run.trials)),
-                str(run.winner) if known else "-",
-                f"{results.datasets_counted(run.stage2, run.winner)} of {len(STAGE2_DATASETS)}",
-                *(number(line.now if known else None) for line in results.scorecard(run.stage2, run.winner)),
-                "-" if wall is None else duration(wall),
-                f'<span class="{VERDICT_STYLE[verdict.status]}">{verdict.status}</span>',
-            ]
-        )
-    return table(header, rows, numeric=tuple(range(2, 11)))
-
-
-VERDICT_STYLE: Final = {"reached": "good", "not reached": "bad", "undecided": "open"}
-
-
-def _reason_table(named: Mapping[str, Run]) -> str:
-    rows = []
-    for name, run in named.items():
-        counts = results.stop_counts(run.trials)
-        rows.append(
-            [escaped(name), *(str(counts.get(kind, 0)) for kind in tables.STOP_REASONS), str(_epochs(run.trials))]
-        )
-    numeric = tuple(range(1, len(tables.STOP_REASONS) + 2))
-    return table(["run", *tables.STOP_REASONS, "epochs"], rows, numeric=numeric)
-
-
-def _config_table(named: Mapping[str, Run]) -> str:
-    """The fields in which the winners or the runs' configurations differ."""
-    configs = {
-        name: dict(run.config) | (dict(run.summary["winner"]["config"]) if run.winner is not None else {})
-        for name, run in named.items()
-    }
-    keys = [key for key in next(iter(configs.values()), {}) if len({str(c.get(key)) for c in configs.values()}) > 1]
-    rows = [[escaped(key), *(_value(config.get(key)) for config in configs.values())] for key in keys if key != "name"]
-    return table(["field", *named], rows) if rows else "<p>They do not differ.</p>"

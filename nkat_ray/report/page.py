@@ -6,7 +6,9 @@ own policy forbids every request.
 
 import html
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from nkat_ray.report import tables
@@ -171,10 +173,22 @@ class Page:
             ]
         )
 
+    def save(self, out: Path) -> Path:
+        """Write the file, whole or not at all; returns its path."""
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        temporary.write_text(self.render(), encoding="utf-8")
+        os.replace(temporary, out)
+        return out
+
 
 def escaped(value: object) -> str:
     """Any value as text that is safe in markup and attributes."""
     return html.escape(str(value))
+
+
+def cell(value: Any) -> str:
+    """A value of a configuration as a table shows it."""
+    return "off" if value is None else f"{value:.4g}" if isinstance(value, float) else escaped(value)
 
 
 def table(
@@ -194,7 +208,7 @@ def table(
     def line(tag: str, cells: Sequence[str]) -> str:
         return (
             "<tr>"
-            + "".join(f"<{tag}{style}>{cell}</{tag}>" for style, cell in zip(styles, cells, strict=True))
+            + "".join(f"<{tag}{style}>{text}</{tag}>" for style, text in zip(styles, cells, strict=True))
             + "</tr>"
         )
 

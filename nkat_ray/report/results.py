@@ -361,6 +361,11 @@ def _names(datasets: Iterable[str]) -> str:
     return ", ".join(DATASET_NAMES.get(name, name) for name in datasets)
 
 
+def epochs_of(trials: Iterable[Mapping[str, Any]]) -> int:
+    """Epochs of these trials together."""
+    return sum(row.get("epochs") or 0 for row in trials)
+
+
 def stop_counts(trials: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Ended trials by stop reason, most frequent first."""
     found: dict[str, int] = {}

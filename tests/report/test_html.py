@@ -9,22 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
-from optuna.distributions import FloatDistribution
 
 from nkat_ray.cli import parse
 from nkat_ray.config import TrainConfig, TrialConfig
 from nkat_ray.report import tables
-from nkat_ray.report.html import (
-    compare,
-    funnel,
-    load_run,
-    load_study,
-    study_importances,
-    train_command,
-    write_report,
-)
+from nkat_ray.report.html import funnel, train_command, write_report
+from nkat_ray.report.run_folder import load_run
 
 SECTIONS = [
     "Against the targets", "From proposals to a winner", "Learning curves", "Datasets", "What mattered",
@@ -185,53 +176,8 @@ def test_the_command_on_the_page_trains_the_winner(make_run: Callable[..., Any],
     assert parsed.data == ("synthetic" if source.startswith("synthetic") else "auto")
 
 
-def test_importances_and_slices_are_optunas_own(make_run: Callable[..., Any]) -> None:
-    optuna = pytest.importorskip("optuna")
-    study = load_study(make_run(repeat=4, journal=True).folder / tables.JOURNAL_FILE)
-    values, complete, points = study_importances(study)
-    assert values == optuna.importance.get_param_importances(study)
-    assert sum(values.values()) == pytest.approx(1)
-    assert complete == 20
-    plot = optuna.visualization.plot_slice(study)
-    assert len(plot.data) == len(points)
-    for n, trace in enumerate(plot.data, 1):
-        name = plot.layout[f"xaxis{n if n > 1 else ''}"].title.text
-        drawn = sorted((str(value), score) for value, score, done in points[name] if done)
-        assert drawn == sorted((str(x).strip("'"), y) for x, y in zip(trace.x, trace.y, strict=True))
-
-
-def test_compare_names_both_runs_and_what_differs(make_run: Callable[..., Any], tmp_path: Path) -> None:
-    runs = [make_run("one"), make_run("two", gate=0.46), make_run("none", gate=1.0)]
-    page = outline(compare(*(run.folder for run in runs), out=tmp_path / "compare.html"))
-    assert page.headings == ["Against the targets", "Datasets", "The search", "Winners' configurations"]
-    assert all(name in page.said for name in ("one", "two", "none"))
-    assert "one has the highest Global TPE on validation (0.619)" in page.said
-
-
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run"):
         load_run(tmp_path)
     with pytest.raises(ValueError, match="holds no run"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="at least two runs"):
-        compare(tmp_path, out=tmp_path / "x.html")
-
-
-# --- studies of other kinds -------------------------------------------------------------------------------------------
-
-
-def test_a_study_of_two_objectives_shows_the_first_and_an_earlier_runs_trials_are_no_points() -> None:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=0))
-    for number in range(12):
-        trial = study.ask({"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)})
-        if number < 2:
-            trial.set_user_attr("warm_start", f"round1/{number}")
-        if number == 11:
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        else:
-            study.tell(trial, [trial.params["x"], 20.0 + trial.params["y"]])
-    values, complete, points = study_importances(study)
-    assert set(values) == {"x", "y"}
-    assert complete == 9
-    assert points["x"] == [(t.params["x"], t.values[0], True) for t in study.trials[2:11]]

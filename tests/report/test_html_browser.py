@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from nkat_ray.report import tables
-from nkat_ray.report.html import compare, write_report
+from nkat_ray.report.comparison import compare
+from nkat_ray.report.html import write_report
 
 pytestmark = pytest.mark.browser
 
