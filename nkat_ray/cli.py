@@ -1,4 +1,4 @@
-"""The command line: `nkat train | tune | evaluate | simulate | report | data | doctor`, and what tune_round2.py calls.
+"""The command line: `nkat tune | train | evaluate | simulate | report | explain | data | doctor`, and what tune_round2.py calls.
 
 Every flag comes from the configurations' own fields. Bad input ends with one line and exit code 2, before torch or Ray
 is loaded.
@@ -227,10 +227,8 @@ def _evaluate(argv: Sequence[str]) -> int:
     """Stage 2 alone, on a run's survivors or on one model."""
     from nkat_ray.commands.evaluate import EvaluateConfig, evaluate, with_defaults_of
 
-    folders = [Path(arg) for arg in argv if not arg.startswith("-") and Path(arg).is_dir()]
-    official = "official" in typed_flags(argv)
-    helped = {"-h", "--help"} & set(argv)
-    default = with_defaults_of(folders[0], official=official) if folders and not helped else None
+    typed = parse(EvaluateConfig, argv, prog="nkat evaluate")
+    default = with_defaults_of(typed.target, official=typed.official)
     config = parse(EvaluateConfig, argv, prog="nkat evaluate", default=default)
     return _on_screen(config, lambda screen: evaluate(config, screen))
 

@@ -1,5 +1,6 @@
 """`nkat evaluate`: Stage 2 alone, on the survivors of a run or on one checkpoint."""
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
             of the run.
     """
     from nkat_ray.run import evaluate_survivors
-    from nkat_ray.search.cluster import connected, describe_cluster
+    from nkat_ray.search.cluster import connected, describe_cluster, refuse_infeasible
     from nkat_ray.search.vault import open_vault
 
     _refuse_neither(config.target)
@@ -126,21 +127,23 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
     run, datasets = open_datasets(run, screen)
     if _is_run(config.target):
         datasets = refuse_other_than_the_runs(config.target, datasets)
-    out.mkdir(parents=True)
-    (out / CONFIG_FILE).write_text(json.dumps(tables.plain(dataclasses.asdict(config)), indent=2) + "\n")
-    journal = Journal(out)
-    journal.write("run")
     progress = Progress(
         name=config.target.name, preset=run.preset, gate=run.gate, data=data_phrase(datasets), epochs=run.epochs,
         console=screen, quiet=screen.quiet,
     )  # fmt: skip
-    with connected(run), progress:
+    with connected(run):
         cluster = describe_cluster()
         survivors = [survivor_of(record, run, cluster) for record in records] or [_model(config.target, run, cluster)]
-        winner = evaluate_survivors(
-            survivors, datasets, config=run, vault=open_vault(out.name), journal=journal, folder=out,
-            progress=progress, notice=lambda _: None,  # that the weights come from disk is what was asked for
-        )  # fmt: skip
+        refuse_infeasible(survivor.share for survivor in survivors)
+        out.mkdir(parents=True)
+        (out / CONFIG_FILE).write_text(json.dumps(tables.plain(dataclasses.asdict(config)), indent=2) + "\n")
+        journal = Journal(out)
+        journal.write("run")
+        with progress, contextlib.closing(journal):
+            winner = evaluate_survivors(
+                survivors, datasets, config=run, vault=open_vault(out.name), journal=journal, folder=out,
+                progress=progress, notice=lambda _: None,  # that the weights come from disk is what was asked for
+            )  # fmt: skip
     rows = list(journal.state.tested.values())
     tables.write_stage2(out / tables.STAGE2_FILE, rows)
     code = SURVIVED if results.datasets_counted(rows, winner) else FAULT

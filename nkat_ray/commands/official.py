@@ -22,7 +22,7 @@ from nkat_ray.metrics import STAGE2_DATASETS, Stage2Scores
 from nkat_ray.outputs import FAULT, SURVIVED, data_phrase
 from nkat_ray.prepare import Datasets, describe_data, open_datasets
 from nkat_ray.report import results, tables
-from nkat_ray.report.terminal import VERDICT_STYLE, Progress, Screen
+from nkat_ray.report.terminal import VERDICT_STYLE, Progress, Screen, number
 from nkat_ray.search.journal import Journal
 from nkat_ray.search.searcher import trial_seed
 from nkat_ray.search.storage import CONFIG_FILE
@@ -132,7 +132,7 @@ def _evaluated(
     """Train what is missing, then Stage 2 on all seeds; the number of the seed that is best on validation."""
     from nkat_ray.evaluate import retrained
     from nkat_ray.run import evaluate_survivors
-    from nkat_ray.search.cluster import connected, describe_cluster
+    from nkat_ray.search.cluster import connected, describe_cluster, refuse_infeasible
     from nkat_ray.search.resources import trial_share
     from nkat_ray.search.vault import open_vault
     from nkat_ray.train.checkpoint import WEIGHTS_FILE, write_atomically
@@ -147,11 +147,12 @@ def _evaluated(
     )  # fmt: skip
     with connected(run), progress:
         share = trial_share(run.trial, run, describe_cluster())
+        refuse_infeasible([share])
         if missing:
             payload = (config.target / tables.BEST_FOLDER / WEIGHTS_FILE).read_bytes()
             images = select_images(found, training_limits(found, run))
             for number, weights in retrained(payload, found, images, missing, share):
-                folders[number].mkdir(parents=True)
+                folders[number].mkdir(parents=True, exist_ok=True)  # an earlier call may have got no further
                 write_atomically(folders[number] / WEIGHTS_FILE, weights)
                 progress.notice(f"seed {number + 1} of {len(seeds)} is trained: {run.epochs} epochs")
         survivors = [_survivor(number, folder, run, share) for number, folder in folders.items()]
@@ -187,20 +188,16 @@ def _table(rows: Sequence[Mapping[str, Any]], scores: Mapping[int, Stage2Scores]
         name: [results.of_trial(rows, number).get(name, {}).get("test_accuracy") for number in scores]
         for name in STAGE2_DATASETS
     }
-    for position, (number, score) in enumerate(scores.items()):
-        cells = [_figure(accuracies[name][position]) for name in STAGE2_DATASETS]
+    for position, (seed, score) in enumerate(scores.items()):
+        cells = [number(accuracies[name][position]) for name in STAGE2_DATASETS]
         table.add_row(
-            str(number + 1), *cells, _figure(score.global_tpe), _figure(score.consistency), _figure(score.robustness)
+            str(seed + 1), *cells, number(score.global_tpe), number(score.consistency), number(score.robustness)
         )
     means = [_mean(accuracies[name]) for name in STAGE2_DATASETS]
-    table.add_row("mean", *means, _figure(found.global_tpe), _figure(found.consistency), _figure(found.robustness))
+    table.add_row("mean", *means, number(found.global_tpe), number(found.consistency), number(found.robustness))
     return table
 
 
 def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return _figure(statistics.fmean(known) if known else None)
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return number(statistics.fmean(known) if known else None)
