@@ -24,12 +24,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from nkat_ray.files import JOURNAL_FILE, STUDY_FILE
 from nkat_ray.prepare import config_of_json
 from nkat_ray.report.study import load_study
 from nkat_ray.report.tables import read_trials
-from nkat_ray.search.journal import JOURNAL_FILE, read_state
+from nkat_ray.search.journal import read_state
 from nkat_ray.search.scheduler import ResumableASHA
-from nkat_ray.search.searcher import STUDY_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 TRIALS, GATE = 6, 0.12

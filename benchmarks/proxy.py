@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from nkat_ray.files import STAGE2_FILE, TRIALS_FILE
 from nkat_ray.report import results, tables
 
 ORDERS = 2000  # random orders of the trials
@@ -39,8 +40,8 @@ class Args:
 
 
 def main(args: Args) -> None:
-    trials = [row for row in tables.read_trials(args.run / tables.TRIALS_FILE) if row["passed_gate"]]
-    rows = tables.read_stage2(args.run / tables.STAGE2_FILE)
+    trials = [row for row in tables.read_trials(args.run / TRIALS_FILE) if row["passed_gate"]]
+    rows = tables.read_stage2(args.run / STAGE2_FILE)
     local = np.array([row["best_local_tpe"] for row in trials])
     val = np.array([results.validation_scores(rows, row["trial"]).global_tpe for row in trials])
     test = np.array([results.result_scores(rows, row["trial"]).global_tpe for row in trials])

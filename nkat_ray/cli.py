@@ -1,4 +1,4 @@
-"""The command line: `nkat tune | train | evaluate | simulate | report | explain | data | doctor`, and what tune_round2.py calls.
+"""The command line: `nkat tune | train | evaluate | simulate | report | explain | data | doctor`, and tune_round2.py.
 
 Every flag comes from the configurations' own fields. Bad input ends with one line and exit code 2, before torch or Ray
 is loaded.
@@ -21,11 +21,11 @@ import tyro
 from rich.console import Console
 
 from nkat_ray.config import RunConfig, ScreenConfig, TrainConfig, default_storage_path, field_names
+from nkat_ray.exit_codes import BAD_INPUT, FAULT, INTERRUPTED
 
 if TYPE_CHECKING:
     from nkat_ray.report.terminal import Screen
 
-FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130
 FREE_ON_RESUME = (
     "address",
     "data_dir",
@@ -202,11 +202,7 @@ def _resume(argv: Sequence[str], first: _First) -> int:
 def _plan(run: RunConfig, fixed: Collection[str]) -> int:
     from nkat_ray.commands.plan import print_plan
 
-    def plan(screen: "Screen") -> int:
-        print_plan(run, fixed, screen)
-        return 0
-
-    return _on_screen(run, plan)
+    return _on_screen(run, lambda screen: print_plan(run, fixed, screen))
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -226,11 +222,13 @@ def _train(argv: Sequence[str]) -> int:
 def _evaluate(argv: Sequence[str]) -> int:
     """Stage 2 alone, on a run's survivors or on one model."""
     from nkat_ray.commands.evaluate import EvaluateConfig, evaluate, with_defaults_of
+    from nkat_ray.commands.official import recalculate
 
     typed = parse(EvaluateConfig, argv, prog="nkat evaluate")
     default = with_defaults_of(typed.target, official=typed.official)
     config = parse(EvaluateConfig, argv, prog="nkat evaluate", default=default)
-    return _on_screen(config, lambda screen: evaluate(config, screen))
+    command = recalculate if config.official else evaluate
+    return _on_screen(config, lambda screen: command(config, screen))
 
 
 def _simulate(argv: Sequence[str]) -> int:
@@ -238,12 +236,7 @@ def _simulate(argv: Sequence[str]) -> int:
     from nkat_ray.commands.simulate import SimulateConfig, simulate
 
     config = parse(SimulateConfig, _split_assignments(argv), prog="nkat simulate")
-
-    def show(screen: "Screen") -> int:
-        simulate(config, screen)
-        return 0
-
-    return _on_screen(config, show)
+    return _on_screen(config, lambda screen: simulate(config, screen))
 
 
 def _report(argv: Sequence[str]) -> int:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from nkat_ray.config import STAGE1_DATASET, Choice, Domain, RunConfig, TrialConfig, field_names
+from nkat_ray.files import CONFIG_FILE, CURVES_FILE, STAGE2_FILE, STUDY_FILE, TRIALS_FILE
 from nkat_ray.metrics import EPOCH, LAMBDA_THEORY, LOCAL_TPE
 from nkat_ray.prepare import UsageError, config_of_json
 from nkat_ray.report import results, tables
 from nkat_ray.search.journal import TrialRecord, WarmTrial
 from nkat_ray.search.space import contains
-from nkat_ray.search.storage import CONFIG_FILE, is_uri, run_storage
+from nkat_ray.search.storage import is_uri, run_storage
 
-NEEDED: Final = (CONFIG_FILE, tables.TRIALS_FILE, tables.CURVES_FILE, tables.JOURNAL_FILE)
+NEEDED: Final = (CONFIG_FILE, TRIALS_FILE, CURVES_FILE, STUDY_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +46,10 @@ def read_earlier(run: RunConfig, space: Mapping[str, Domain]) -> Earlier:
             f"warm_start is {run.warm_start!r}; its scores are of lambda_model {before.lambda_model!r}, this run's of "
             f"{run.lambda_model!r}; choose the same --lambda_model"
         )
-    rows = {row["trial"]: row for row in tables.read_trials(folder / tables.TRIALS_FILE)}
-    told = [trial for trial in _told(folder / tables.JOURNAL_FILE) if trial in rows]
+    rows = {row["trial"]: row for row in tables.read_trials(folder / TRIALS_FILE)}
+    told = [trial for trial in _told(folder / STUDY_FILE) if trial in rows]
     fitting = [trial for trial in told if _fits(rows[trial], space)]
-    curves, stage2 = tables.read_curves(folder / tables.CURVES_FILE), _stage2(folder)
+    curves, stage2 = tables.read_curves(folder / CURVES_FILE), _stage2(folder)
     trials = []
     for trial in fitting:
         record = _record(rows[trial], [row for row in curves if row["trial"] == trial], space)
@@ -121,7 +122,7 @@ def _record(row: Mapping[str, Any], curve: Iterable[Mapping[str, Any]], space: M
 
 
 def _stage2(folder: Path) -> list[dict[str, Any]]:
-    path = folder / tables.STAGE2_FILE
+    path = folder / STAGE2_FILE
     return tables.read_stage2(path) if path.is_file() else []
 
 

@@ -18,11 +18,13 @@ from ray.actor import ActorHandle
 from nkat_ray.config import STAGE1_DATASET, RunConfig
 from nkat_ray.data import DataError, Dataset, Missing, Split, stratified_subset
 from nkat_ray.data.selection import Selection, select_images, training_limits
+from nkat_ray.files import WEIGHTS_FILE
 from nkat_ray.metrics import LAMBDA_MODELS, counts, lambda_theory, tpe_score, wilson_interval
 from nkat_ray.search.callbacks import NOTICES, one_line
 from nkat_ray.search.resources import Share
 from nkat_ray.search.vault import release, withdraw
 
+Validated = tuple[dict[str, Any], bytes | None]  # a row of stage2.parquet, and the weights to be tested
 TASK_RETRIES = 1  # a task whose node dies is tried once more; the second time the dataset counts as failed
 
 
@@ -67,8 +69,8 @@ def transfer_weights(
 
     CIFAR-10, which it was trained on, is scored as it is.
     """
-    from nkat_ray.search.trainable import device_for
     from nkat_ray.train.checkpoint import Weights
+    from nkat_ray.train.device import device_for
     from nkat_ray.train.loop import ImageSet
     from nkat_ray.train.transfer import count_correct_of, transfer
 
@@ -90,59 +92,10 @@ def transfer_weights(
     return moved.weights.to_bytes(), {**figures, "node": socket.gethostname(), "seconds": time.perf_counter() - clock}
 
 
-def retrain_weights(payload: bytes, selection: Selection, task: Task, seed: int, share: Share) -> bytes:
-    """On a worker: the same design, trained anew by its own recipe; the weights of the last epoch.
-
-    Raises:
-        ValueError: the loss was not finite.
-    """
-    from nkat_ray.search.trainable import device_for
-    from nkat_ray.train.checkpoint import Weights
-    from nkat_ray.train.loop import ImageSet
-    from nkat_ray.train.transfer import transfer
-
-    device, source = device_for(share.gpus, share.cpus), Weights.from_bytes(payload)
-    moved = transfer(
-        source, mode="scratch", epochs=source.config.epochs, lr=source.config.lr, dataset=task.dataset,
-        train=ImageSet(selection.images, selection.labels, selection.train_index, device),
-        val=ImageSet(selection.images, selection.labels, selection.val_index, device),
-        num_classes=task.num_classes, grey=task.grey, flip=task.flip, seed=seed, device=device, notice=lambda _: None,
-    )  # fmt: skip
-    return moved.weights.to_bytes()
-
-
-def retrained(
-    payload: bytes, dataset: Dataset, selection: Selection, seeds: Mapping[int, int], share: Share
-) -> Iterator[tuple[int, bytes]]:
-    """Train a network's design anew with several seeds, in parallel.
-
-    Args:
-        payload: the network.
-        dataset: what it is trained on.
-        selection: its images.
-        seeds: number -> seed.
-        share: what each training asks for.
-
-    Yields:
-        Numbers with the new weights, as they finish.
-
-    Raises:
-        RuntimeError: a training failed; those before it were yielded.
-    """
-    task = Task(dataset=dataset.name, num_classes=dataset.classes, grey=dataset.grey, flip=dataset.flip)
-    call, images, source = _remote(retrain_weights, share), ray.put(selection), ray.put(payload)
-    pending = {call.remote(source, images, task, seed, share): number for number, seed in seeds.items()}
-    for ref, number in _as_finished(pending):
-        try:
-            yield number, ray.get(ref)
-        except ray.exceptions.RayError as error:
-            raise RuntimeError(f"the training with seed {seeds[number]} failed: {one_line(error)}") from error
-
-
 def count_on_test(payload: bytes, split: Split, share: Share) -> tuple[int, int]:
     """On a worker: correct test images and their number."""
-    from nkat_ray.search.trainable import device_for
     from nkat_ray.train.checkpoint import Weights
+    from nkat_ray.train.device import device_for
     from nkat_ray.train.loop import ImageSet
     from nkat_ray.train.transfer import count_correct_of
 
@@ -193,7 +146,7 @@ def weights_on_disk(checkpoints: Sequence[str]) -> bytes | None:
     """The weights in the newest checkpoint that has whole ones; None if there is none."""
     from ray.tune import Checkpoint
 
-    from nkat_ray.train.checkpoint import WEIGHTS_FILE, CheckpointError, Weights
+    from nkat_ray.train.checkpoint import CheckpointError, Weights
 
     for path in checkpoints:
         try:
@@ -214,7 +167,7 @@ def validate_survivors(
     vault: ActorHandle[Any],
     done: Mapping[tuple[int, str], Any],
     notice: Callable[[str], None],
-) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+) -> Iterator[Validated]:
     """First half of Stage 2: each survivor on each dataset, in parallel.
 
     Args:
@@ -233,9 +186,6 @@ def validate_survivors(
     while validation.tasks:
         yield from validation.collect(wait=True)
         validation.release(survivors)
-
-
-Validated = tuple[dict[str, Any], bytes | None]  # a row of stage2.parquet, and the weights to be tested
 
 
 class Validation:
@@ -361,14 +311,14 @@ def _images(dataset: Dataset, run: RunConfig) -> Selection:
 def _submit(job: _Job, payload: "ray.ObjectRef[bytes]", run: RunConfig) -> "ray.ObjectRef[Any]":
     dataset, survivor = job.dataset, job.survivor
     task = Task(dataset=dataset.name, num_classes=dataset.classes, grey=dataset.grey, flip=dataset.flip)
-    call = _remote(transfer_weights, survivor.share)
+    call = on_share(transfer_weights, survivor.share)
     reference: ray.ObjectRef[Any] = call.remote(
         payload, job.images, task, run, _seed(run, survivor, dataset.name), survivor.share
     )
     return reference
 
 
-def test_survivors(
+def score_on_test(
     rows: Sequence[Mapping[str, Any]],
     folder: Path,
     survivors: Mapping[int, Survivor],
@@ -400,10 +350,10 @@ def test_survivors(
             continue
         for row in todo:
             share = survivors[row["trial"]].share
-            call = _remote(count_on_test, share)
+            call = on_share(count_on_test, share)
             payload = ray.put(payload_path(folder, row["trial"], name).read_bytes())
             pending[call.remote(payload, images, share)] = row
-    for ref, row in _as_finished(pending):
+    for ref, row in as_finished(pending):
         try:
             correct, n = ray.get(ref)
         except Exception as error:  # as above: it counts against this dataset alone
@@ -417,12 +367,14 @@ def payload_path(folder: Path, trial: int, dataset: str) -> Path:
     return folder / f"trial_{trial:04d}-{dataset}.safetensors"
 
 
-def _remote(function: Callable[..., Any], share: Share) -> Any:
+def on_share(function: Callable[..., Any], share: Share) -> Any:
+    """A function as a Ray task that asks for a share of a node."""
     # Given to the decorator: with `options` Ray would reuse a GPU worker, whose process keeps the memory it had.
     return ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=TASK_RETRIES)(function)
 
 
-def _as_finished(pending: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
+def as_finished(pending: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """References with what belongs to them, as their tasks finish; `pending` is emptied."""
     while pending:
         ready, _ = ray.wait(list(pending), num_returns=1)
         yield ready[0], pending.pop(ready[0])

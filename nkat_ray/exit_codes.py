@@ -2,7 +2,7 @@
 
 from typing import Final
 
-SURVIVED: Final = 0  # done; a search: at least one trial passed the gate, and Stage 2 is done
+DONE: Final = 0  # of a search: at least one trial passed the gate, and Stage 2 is done
 FAULT: Final = 1  # an internal fault, or Stage 2 without a single dataset that counts
 BAD_INPUT: Final = 2
 NO_SURVIVOR: Final = 3  # no trial passed the gate

@@ -1,7 +1,7 @@
 """What the files of a run are called (docs/spec.md section 8), and how one is replaced."""
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Final
 
@@ -25,14 +25,12 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     Raises:
         OSError: the disk is full or not writable; the old file is untouched and no part is left behind.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with part.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's are for the owner alone; a run is there to be shared
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

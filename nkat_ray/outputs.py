@@ -10,13 +10,14 @@ from typing import Any
 from nkat_ray import __version__
 from nkat_ray.config import RunConfig
 from nkat_ray.data import Dataset, Missing
+from nkat_ray.exit_codes import DONE
+from nkat_ray.files import CURVES_FILE, STAGE2_FILE, SUMMARY_FILE, TRIALS_FILE
 from nkat_ray.metrics import GLOBAL_TARGETS
 from nkat_ray.report import results, tables
 from nkat_ray.report.terminal import Screen, final_report, result_lines
 from nkat_ray.search.journal import RunState
 from nkat_ray.search.rows import curve_rows, training_share, trial_rows, trial_start_s
 
-SURVIVED, FAULT, NO_SURVIVOR, INTERRUPTED = 0, 1, 3, 130  # exit codes of a run, docs/spec.md section 8
 PACKAGES = ("torch", "torchvision", "timm", "ray", "optuna", "numpy", "pyarrow")
 
 
@@ -29,9 +30,9 @@ def write_tables(folder: Path, config: RunConfig, state: RunState) -> None:
         "notes_gate": results.NOTES_GATE,
         "seed": config.seed,
     }
-    tables.write_trials(folder / "trials.parquet", trial_rows(state, config), metadata=about)
-    tables.write_curves(folder / "curves.parquet", curve_rows(state), metadata=about)
-    tables.write_stage2(folder / "stage2.parquet", stage2_rows(state), metadata=about)
+    tables.write_trials(folder / TRIALS_FILE, trial_rows(state, config), metadata=about)
+    tables.write_curves(folder / CURVES_FILE, curve_rows(state), metadata=about)
+    tables.write_stage2(folder / STAGE2_FILE, stage2_rows(state), metadata=about)
 
 
 def stage2_rows(state: RunState) -> list[dict[str, Any]]:
@@ -43,9 +44,7 @@ def summarise(config: RunConfig, state: RunState, data: Mapping[str, Any], code:
     """summary.json (docs/spec.md section 8); `data` is `describe_data`'s, a code of None means that the run goes on."""
     trials, rows = trial_rows(state, config), stage2_rows(state)
     survivors = state.survivors(config.gate)
-    lambdas = {row["trial"]: row["lambda_theory"] for row in trials if row["trial"] in survivors}
-    tested = list(state.tested.values())
-    winner = results.rank(tested, lambdas)[0] if tested and code == SURVIVED else None
+    winner = state.order[0] if code == DONE else None
     summary = {
         "name": config.name,
         "preset": config.preset,
@@ -77,7 +76,7 @@ def _winner(trial: int, trials: list[dict[str, Any]], rows: list[dict[str, Any]]
     mine = {r["dataset"]: r for r in rows if r["trial"] == trial}  # datasets of one's own too
     return {
         "trial": trial,
-        "config": tables.config_of({key: value for key, value in row.items() if key.startswith("config/")}),
+        "config": tables.config_of(row),
         "seed": row["seed"],
         "lambda_theory": row["lambda_theory"],
         "val_global_tpe": results.validation_scores(rows, trial).global_tpe,
@@ -106,6 +105,6 @@ def data_phrase(datasets: Mapping[str, Dataset | Missing]) -> str:
 
 def print_report(folder: Path, screen: Screen) -> None:
     """The report of a run on the terminal, from its files."""
-    summary, stage2 = tables.read_summary(folder / "summary.json"), tables.read_stage2(folder / "stage2.parquet")
-    final_report(summary, tables.read_trials(folder / "trials.parquet"), stage2, screen, folder=folder)
+    summary, stage2 = tables.read_summary(folder / SUMMARY_FILE), tables.read_stage2(folder / STAGE2_FILE)
+    final_report(summary, tables.read_trials(folder / TRIALS_FILE), stage2, screen, folder=folder)
     screen.conclude({**summary, "folder": folder.absolute()}, result_lines(summary, stage2, folder))

@@ -15,7 +15,7 @@ from nkat_ray.model.capture import capture_attention
 from nkat_ray.report import attention
 from nkat_ray.train.augment import augment, mix
 from nkat_ray.train.checkpoint import Weights
-from nkat_ray.train.loop import ImageSet, normalise, to_network_size
+from nkat_ray.train.loop import ImageSet, in_pixels, normalise, to_network_size
 
 SIDE, ZOOM = 8, 2  # images along an edge of the batch's picture, and pixels of it a pixel
 SHOWN = 3  # images whose attention is shown
@@ -63,7 +63,7 @@ def winner_attention(weights: Weights, dataset: Dataset, limits: Limits) -> dict
     _, val = split_validation(labels, val_images=limits.val_images, train_images=limits.train_images)
     images = dataset.load("train", val[:SHOWN])
     pixels = to_network_size(torch.from_numpy(images.images))
-    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (weights.mean, weights.std))
+    mean, std = in_pixels(weights.mean), in_pixels(weights.std)
     capture = capture_attention(weights.build(), normalise(pixels, mean, std))
     shares = attention.received(capture.weights.double().numpy())  # (L, B, H, N)
     predicted = capture.logits.argmax(1).tolist()

@@ -5,7 +5,6 @@ Nothing here loads torch or Ray, and nothing is written but the configuration, l
 
 import dataclasses
 import json
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +16,10 @@ from nkat_ray.config import STAGE1_DATASET, RunConfig, field_names
 from nkat_ray.data import Dataset, Missing, open_dataset, split_validation
 from nkat_ray.data.selection import training_limits
 from nkat_ray.domains import domain_of_json
+from nkat_ray.files import CONFIG_FILE, write_atomically
 from nkat_ray.metrics import STAGE2_DATASETS
 from nkat_ray.report.tables import plain, read_summary
-from nkat_ray.search.storage import CONFIG_FILE, RunStorage, check_owner, check_writable, newest_run, run_storage
+from nkat_ray.search.storage import RunStorage, check_owner, check_writable, newest_run, run_storage
 
 Datasets = Mapping[str, Dataset | Missing]
 
@@ -112,9 +112,7 @@ def write_config(
     if config.data_dir is not None:
         config = dataclasses.replace(config, data_dir=config.data_dir.absolute())
     content = {**plain(asdict(config)), "fixed": sorted(fixed), "found": describe_data(datasets)}
-    temporary = storage.local / f".{CONFIG_FILE}"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, storage.local / CONFIG_FILE)
+    write_atomically(storage.local / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
     try:
         storage.push()
     except OSError as error:

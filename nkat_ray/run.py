@@ -6,14 +6,12 @@ the configuration is written before Ray starts; what happens is in the journal b
 
 import contextlib
 import dataclasses
-import json
 import signal
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,29 +20,27 @@ from nkat_ray.config import STAGE1_DATASET, RunConfig, default_storage_path
 from nkat_ray.data import Dataset, Missing
 from nkat_ray.data.selection import select_images, training_limits
 from nkat_ray.earlier import read_earlier
-from nkat_ray.outputs import (
-    FAULT,
-    INTERRUPTED,
-    NO_SURVIVOR,
-    SURVIVED,
-    data_phrase,
-    print_report,
-    stage2_rows,
-    summarise,
-    write_tables,
+from nkat_ray.exit_codes import DONE, FAULT, INTERRUPTED, NO_SURVIVOR, RESUMABLE
+from nkat_ray.files import (
+    BEST_FOLDER,
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    TENSORBOARD_FOLDER,
+    WEIGHTS_FILE,
 )
+from nkat_ray.outputs import data_phrase, print_report, stage2_rows, summarise, write_tables
 from nkat_ray.prepare import Datasets, UsageError, describe_data, open_datasets, refuse_other_data, write_config
 from nkat_ray.report import results, tables
 from nkat_ray.report.html import write_report
 from nkat_ray.report.tensorboard import TensorBoardLog
 from nkat_ray.report.terminal import Progress, Screen
-from nkat_ray.search.journal import Journal, RunState, TrialRecord, WarmTrial, read_state
-from nkat_ray.search.rows import curve_rows, trial_row, trial_rows
+from nkat_ray.search.journal import Journal, TrialRecord, WarmTrial, read_state
+from nkat_ray.search.rows import curve_rows, trial_row
 from nkat_ray.search.space import corner_configs, domains, refuse_impossible, round1_point
-from nkat_ray.search.storage import CONFIG_FILE, RunStorage, check_writable, run_storage
+from nkat_ray.search.storage import RunStorage, check_writable, run_storage
 from nkat_ray.search.tracking import refuse_absent
+from nkat_ray.stage2 import EarlyStage2, evaluate_survivors, survivor_of
 
-STAGE2_FOLDER = "stage2"  # weights of each survivor on each dataset
 SNAPSHOT_S = 10.0  # least time between two writings of the tables while a run goes on,
 SNAPSHOT_SHARE = 0.05  # and the largest share of the driver's time that they take: they grow with the trials
 
@@ -100,13 +96,13 @@ def resume(config: RunConfig, fixed: Collection[str], console: Screen) -> int:
     refuse_absent(config)
     storage = run_storage(config.storage_path, str(config.name))
     with storage.lock():
-        summary = storage.local / tables.SUMMARY_FILE
+        summary = storage.local / SUMMARY_FILE
         if summary.exists():
             code = tables.read_summary(summary)["exit_code"]
-            if code not in (None, INTERRUPTED, FAULT):
+            if code not in RESUMABLE:
                 print_report(storage.local, console)
                 return int(code)
-        saved = json.loads((storage.local / CONFIG_FILE).read_text())["found"]
+        saved = tables.read_summary(storage.local / CONFIG_FILE, "found")["found"]
         datasets = refuse_other_data(saved, open_datasets(config, console)[1])
         if not read_state(storage.local).warmed:
             read_earlier(config, domains(config, fixed))
@@ -123,10 +119,10 @@ def _refuse_existing(config: RunConfig, storage: RunStorage) -> None:
 
 def _drive(config: RunConfig, fixed: tuple[str, ...], datasets: Datasets, storage: RunStorage, console: Screen) -> int:
     """Run, or run on, to the end; whatever ends it, the tables and the report are written."""
-    (storage.local / tables.SUMMARY_FILE).unlink(missing_ok=True)  # an earlier driver's: the run goes on
+    (storage.local / SUMMARY_FILE).unlink(missing_ok=True)  # an earlier driver's: the run goes on
     journal = Journal(storage.local)
     journal.write("run")
-    board = TensorBoardLog(storage.local / tables.TENSORBOARD_FOLDER, domains(config, fixed))
+    board = TensorBoardLog(storage.local / TENSORBOARD_FOLDER, domains(config, fixed))
     run, code = _Run(config, fixed, datasets, storage, journal, console, board), FAULT
     try:
         code = _stages(run)
@@ -283,12 +279,12 @@ def _sample(config: RunConfig, data: Any) -> Any:
 def _winner_pictures(run: _Run, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Where the winner looks; nothing without one."""
     from nkat_ray.pictures import winner_attention
-    from nkat_ray.train.checkpoint import WEIGHTS_FILE, Weights
+    from nkat_ray.train.checkpoint import Weights
 
     found = run.datasets[STAGE1_DATASET]
     if summary["winner"] is None or isinstance(found, Missing):
         return {}
-    weights = Weights.from_bytes((run.storage.local / tables.BEST_FOLDER / WEIGHTS_FILE).read_bytes())
+    weights = Weights.from_bytes((run.storage.local / BEST_FOLDER / WEIGHTS_FILE).read_bytes())
     return winner_attention(weights, found, training_limits(found, run.config))
 
 
@@ -310,150 +306,7 @@ def _stage2(run: _Run, progress: Progress, *, cluster: Any, vault: Any) -> int:
     )  # fmt: skip
     if results.datasets_counted(state.tested.values(), best) == 0:
         raise RuntimeError("Stage 2 ended without a single dataset that counts; stage2.parquet has each one's error")
-    return SURVIVED
-
-
-def evaluate_survivors(
-    survivors: Sequence[Any],
-    datasets: Datasets,
-    *,
-    config: RunConfig,
-    vault: Any,
-    journal: Journal,
-    folder: Path,
-    progress: Progress,
-    notice: Callable[[str], None],
-    on_row: Callable[[], None] = lambda: None,
-) -> int:
-    """Stage 2 from the survivors to the winner; rows go into the journal, weights below `folder`. Returns the winner.
-
-    The ranking is fixed, by validation scores, before any test image is read.
-    """
-    from nkat_ray.evaluate import payload_path, test_survivors, validate_survivors
-
-    state, moved = journal.state, folder / STAGE2_FOLDER
-    moved.mkdir(exist_ok=True)
-    by_trial = {survivor.trial: survivor for survivor in survivors}
-    done = state.stage2 if state.ranked else _validated(state, survivors)
-    progress.stage2_start(2 * len(survivors) * len(datasets) - len(done) - len(state.tested))
-    for row, payload in validate_survivors(survivors, datasets, run=config, vault=vault, done=done, notice=notice):
-        _keep(row, payload, by_trial[row["trial"]].epoch, folder, journal)
-        progress.stage2_done(row["trial"], row["dataset"], row)
-        on_row()
-    order = results.rank(
-        state.stage2.values(), {trial: s.lambdas()[config.lambda_model] for trial, s in by_trial.items()}
-    )
-    journal.write("ranked", order=order)
-    untested = [row for key, row in state.stage2.items() if key not in state.tested]
-    for row in test_survivors(untested, moved, by_trial, datasets, run=config):
-        journal.write("tested", row=row)
-        progress.stage2_done(row["trial"], row["dataset"], row)
-        on_row()
-    save_best(by_trial[order[0]], payload_path(moved, order[0], STAGE1_DATASET), folder / "best")
-    return order[0]
-
-
-def _keep(row: Mapping[str, Any], payload: bytes | None, epoch: int | None, folder: Path, journal: Journal) -> None:
-    """A validation row and the weights that it is about: first the weights, so that a row never lacks them."""
-    from nkat_ray.evaluate import payload_path
-    from nkat_ray.train.checkpoint import write_atomically
-
-    if payload is not None:
-        write_atomically(payload_path(folder / STAGE2_FOLDER, row["trial"], row["dataset"]), payload)
-    journal.write("stage2", row=row, epoch=epoch)
-
-
-def _validated(state: RunState, survivors: Sequence[Any]) -> dict[tuple[int, str], dict[str, Any]]:
-    """Validation rows that stand: made with the survivors' best weights, and no worker died of them."""
-    rows = {k: row for survivor in survivors for k, row in state.validated(survivor.trial, survivor.epoch).items()}
-    return {key: row for key, row in rows.items() if not _faulted(row)}
-
-
-class EarlyStage2:
-    """Stage 2's validation as Stage 1 uses it (`--feedback global`): rows and weights are kept as Stage 2 itself keeps
-    them, which then only does what is missing. Test images are not read here."""
-
-    def __init__(
-        self,
-        datasets: Datasets,
-        *,
-        config: RunConfig,
-        vault: Any,
-        journal: Journal,
-        folder: Path,
-        cluster: Any,
-        notice: Callable[[str], None],
-    ) -> None:
-        from nkat_ray.evaluate import Validation
-
-        self._datasets, self._config, self._journal, self._folder = datasets, config, journal, folder
-        self._cluster = cluster
-        self._validation = Validation(datasets, run=config, vault=vault, notice=notice)
-        self._epochs: dict[int, int | None] = {}  # of the weights that were sent out
-        (folder / STAGE2_FOLDER).mkdir(exist_ok=True)
-
-    @property
-    def tasks(self) -> int:
-        """Tasks that were sent out and have not been collected."""
-        return self._validation.tasks
-
-    @property
-    def busy(self) -> set[int]:
-        """Trials with such tasks."""
-        return self._validation.busy
-
-    def submit(self, record: TrialRecord) -> None:
-        """Send out what is missing of a survivor's validation, with the best weights that it has now."""
-        survivor = survivor_of(record, self._config, self._cluster)
-        self._epochs[record.trial] = survivor.epoch
-        done = self._journal.state.validated(record.trial, survivor.epoch)
-        for row, payload in self._validation.submit([survivor], done):
-            _keep(row, payload, survivor.epoch, self._folder, self._journal)
-
-    def collect(self, *, wait: bool) -> None:
-        """Write what has been finished into the journal; `wait` until something has."""
-        for row, payload in self._validation.collect(wait=wait):
-            _keep(row, payload, self._epochs[row["trial"]], self._folder, self._journal)
-
-    def score(self, record: TrialRecord) -> float | None:
-        """What Optuna is told of a survivor; None unless all of its validation, with its best weights, is there."""
-        rows = self._journal.state.validated(record.trial, record.best_epoch).values()
-        return None if len(rows) < len(self._datasets) else results.feedback_score(rows, record.trial)
-
-
-def _faulted(row: Mapping[str, Any]) -> bool:
-    """Whether a worker or its node died of this one: worth another try by the next driver."""
-    return row["status"] == "failed" and row["val_accuracy"] is None
-
-
-def save_best(winner: Any, payload: Path, folder: Path) -> None:
-    """Write `best/`: the winner as it was trained on CIFAR-10.
-
-    Raises:
-        FileNotFoundError: its weights are neither below `stage2/` nor in a checkpoint.
-    """
-    from nkat_ray.evaluate import weights_on_disk
-    from nkat_ray.train.checkpoint import Weights
-    from nkat_ray.train.transfer import save_weights
-
-    weights = payload.read_bytes() if payload.exists() else weights_on_disk(winner.checkpoints)
-    if weights is None:
-        raise FileNotFoundError(f"the weights of trial {winner.trial} are neither in {payload} nor in a checkpoint")
-    save_weights(Weights.from_bytes(weights), weights, folder)
-
-
-def survivor_of(record: TrialRecord, config: RunConfig, cluster: Any) -> Any:
-    """What Stage 2 needs to know of a trial that passed the gate."""
-    from nkat_ray.evaluate import Survivor
-    from nkat_ray.search.resources import trial_share
-    from nkat_ray.search.space import trial_config
-
-    trial, last = trial_config(config, record.params), record.curve[max(record.curve)]
-    return Survivor(
-        trial=record.trial, epoch=record.best_epoch, checkpoints=record.checkpoints[::-1], conv_stem=trial.conv_stem,
-        embed_dim=trial.embed_dim, nkat_parameters=last["nkat_parameters"], parameters=last["parameters"],
-        share=trial_share(trial, config, cluster),
-    )  # fmt: skip
+    return DONE
 
 
 def _snapshot(run: _Run, progress: Progress) -> None:
@@ -477,9 +330,9 @@ def _finish(run: _Run, code: int) -> None:
     write_tables(folder, run.config, state)
     rows = stage2_rows(state)
     summary = summarise(run.config, state, describe_data(run.datasets), code)
-    tables.write_summary(folder / tables.SUMMARY_FILE, summary)
+    tables.write_summary(folder / SUMMARY_FILE, summary)
     run.board.stage2(
-        summary, trial_rows(state, run.config), rows, curve_rows(state), _winner_pictures(run, summary)
+        summary, rows, curve_rows(state), _winner_pictures(run, summary)
     )  # fmt: skip
     run.board.close()
     write_report(folder)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,24 +32,40 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_local() -> Iterator[Any]:
-    """The session's only Ray instance: two CPUs, quiet, with the settings that a run has. Yields the module."""
+def ray_settings() -> Iterator[None]:
+    """What a run sets before Ray is imported; and no cluster that somebody else has named."""
     from nkat_ray.search import SETTINGS
 
     with pytest.MonkeyPatch.context() as patch:
         for key, value in SETTINGS.items():
             patch.setenv(key, value)
         patch.delenv("RAY_ADDRESS", raising=False)
-        import ray
+        yield
 
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-            object_store_memory=150 * 2**20,
-        )  # fmt: skip
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
+
+@pytest.fixture(scope="session")
+def ray_local(ray_settings: None) -> Iterator[Any]:
+    """The session's only Ray instance: two CPUs, quiet, with the settings that a run has. Yields the module."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        object_store_memory=150 * 2**20,
+    )  # fmt: skip
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def vault(ray_local: Any) -> Iterator[Any]:
+    """A vault of the module's own."""
+    from nkat_ray.search.vault import open_vault
+
+    handle = open_vault(f"test-{uuid.uuid4().hex}")
+    yield handle
+    ray_local.kill(handle)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from nkat_ray.config import TrialConfig
+from nkat_ray.files import BEST_FOLDER, CURVES_FILE, STUDY_FILE, TRIALS_FILE
 from nkat_ray.model import create_nkat_vit
 from nkat_ray.report import tables
 from nkat_ray.train.checkpoint import Weights
@@ -43,16 +44,16 @@ def config() -> TrialConfig:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run's folder as the working directory, its model included."""
-    tables.write_trials(tmp_path / tables.TRIALS_FILE, TRIALS)
+    tables.write_trials(tmp_path / TRIALS_FILE, TRIALS)
     curves = [{"trial": t, "epoch": e, "val_accuracy": 0.1 * e} for t, e in ((0, 1), (0, 2), (1, 1))]
-    tables.write_curves(tmp_path / tables.CURVES_FILE, curves)
+    tables.write_curves(tmp_path / CURVES_FILE, curves)
     torch.manual_seed(0)
     mean = (0.25, 0.5, 0.75)
     weights = Weights(
         config=config(), dataset="cifar10", num_classes=10, grey=False, mean=mean, std=(0.2,) * 3, epoch=1,
         val_accuracy=0.1, seed=0, tensors=create_nkat_vit(config(), num_classes=10, mean=mean).state_dict(),
     )  # fmt: skip
-    save_weights(weights, weights.to_bytes(), tmp_path / tables.BEST_FOLDER)
+    save_weights(weights, weights.to_bytes(), tmp_path / BEST_FOLDER)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -141,7 +142,7 @@ def read(url: str) -> Any:
 @pytest.mark.slow
 def test_optuna_dashboard_shows_the_study_of_a_run(tmp_path: Path, tiny_run: Any) -> None:
     from nkat_ray.search.journal import Journal
-    from nkat_ray.search.searcher import STUDY_FILE, STUDY_NAME, GatedOptunaSearch
+    from nkat_ray.search.searcher import STUDY_NAME, GatedOptunaSearch
     from nkat_ray.search.space import domains
 
     run, journal = tiny_run(space="round2", num_samples=3), Journal(tmp_path)

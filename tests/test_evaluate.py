@@ -1,8 +1,7 @@
 """Stage 2 with real workers: a tiny network, four small datasets of tinted noise."""
 
 import dataclasses
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import pytest
 
 from nkat_ray.config import RunConfig, TrialConfig
 from nkat_ray.data import DataError, Dataset, Missing, Split
-from nkat_ray.evaluate import Survivor, WeightSource, payload_path, test_survivors, validate_survivors
+from nkat_ray.evaluate import Survivor, WeightSource, payload_path, score_on_test, validate_survivors
+from nkat_ray.files import WEIGHTS_FILE
 from nkat_ray.metrics import STAGE2_DATASETS, tpe_score, wilson_interval
 from nkat_ray.search.resources import Share
-from nkat_ray.search.vault import deposit, open_vault, withdraw
-from nkat_ray.train.checkpoint import WEIGHTS_FILE, Weights
+from nkat_ray.search.vault import deposit, withdraw
+from nkat_ray.train.checkpoint import Weights
 
-test_survivors.__test__ = False  # type: ignore[attr-defined]  # a name that pytest would collect
 TINY = TrialConfig(
     embed_dim=16, num_heads=2, depth=1, batch_size=32, epochs=2, warmup=1, lr=2e-3, ema=0.9, mixup=0.0, cutmix=0.0,
     randaugment=None, cutout=None,
@@ -72,13 +71,6 @@ def payload() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def vault(ray_local: Any) -> Iterator[Any]:
-    handle = open_vault(f"test-{uuid.uuid4().hex}")
-    yield handle
-    ray_local.kill(handle)
-
-
-@pytest.fixture(scope="module")
 def run() -> RunConfig:
     return RunConfig(
         preset="quick", name="r", val_images=20, transfer_epochs=1, transfer_images=60, test_images=40, batch_size=32
@@ -111,7 +103,7 @@ def whole(datasets: Any, run: RunConfig, vault: Any, payload: bytes, tmp_path_fa
     for (trial, name), (_, weights) in rows.items():
         assert weights is not None
         payload_path(folder, trial, name).write_bytes(weights)
-    tested = test_survivors([row for row, _ in rows.values()], folder, {0: survivor()}, datasets, run=run)
+    tested = score_on_test([row for row, _ in rows.values()], folder, {0: survivor()}, datasets, run=run)
     return rows, {row["dataset"]: row for row in tested}, left
 
 
@@ -196,7 +188,7 @@ def test_a_row_without_weights_is_passed_on_and_test_images_are_not_read(
     datasets: Any, run: RunConfig, tmp_path: Path
 ) -> None:
     row = {"trial": 0, "dataset": "mnist", "classes": 10, "status": "failed", "error": "why"}
-    assert list(test_survivors([row], tmp_path, {0: survivor()}, datasets, run=run)) == [row]
+    assert list(score_on_test([row], tmp_path, {0: survivor()}, datasets, run=run)) == [row]
 
 
 def test_weights_are_fetched_once_until_they_are_forgotten(ray_local: Any, vault: Any, payload: bytes) -> None:

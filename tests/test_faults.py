@@ -34,28 +34,22 @@ TRAINING, TRANSFER, VAULT = "ray::ImplicitFunc", "ray::transfer_weights", "ray::
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(ray_settings: None) -> Iterator[Any]:
     """A head without slots, on which this process, the driver, lives; tests add nodes."""
-    from nkat_ray.search import SETTINGS
+    import ray
+    from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in SETTINGS.items():
-            patch.setenv(key, value)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        import ray
-        from ray.cluster_utils import Cluster
-
-        there = Cluster(
-            initialize_head=True,
-            shutdown_at_exit=False,  # else each node sets signal handlers, which only the main thread may
-            head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False},
-        )
-        ray.init(address=there.address, log_to_driver=False, logging_level="ERROR")
-        try:
-            yield there
-        finally:
-            ray.shutdown()
-            there.shutdown()
+    there = Cluster(
+        initialize_head=True,
+        shutdown_at_exit=False,  # else each node sets signal handlers, which only the main thread may
+        head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False},
+    )
+    ray.init(address=there.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield there
+    finally:
+        ray.shutdown()
+        there.shutdown()
 
 
 class Nodes:

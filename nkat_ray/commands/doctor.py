@@ -13,12 +13,12 @@ from rich.table import Table
 from nkat_ray.config import STAGE1_DATASET, DataConfig, RunConfig, default_storage_path
 from nkat_ray.data import DataError
 from nkat_ray.data.catalogue import dataset_table
+from nkat_ray.exit_codes import DONE, UNHEALTHY
 from nkat_ray.metrics import STAGE2_DATASETS
 
 if TYPE_CHECKING:
     from nkat_ray.search.nodes import NodeFacts  # loads Ray; a wrong flag is refused without it
 
-HEALTHY, FAULT = 0, 5  # exit codes, docs/spec.md section 8
 LEAST_DISK_BYTES = 5 * 10**9  # Ray begins to refuse work at 95 % full; checkpoints and spilled objects need room
 LEAST_STORE_BYTES = 2**28  # Stage 1's images (150 MB for CIFAR-10) must fit, or they are spilled and read back
 MOST_SKEW_S = 1.0  # TLS and S3 tolerate minutes, but curves of different nodes are laid over each other
@@ -64,7 +64,7 @@ def doctor(config: DoctorConfig, console: Console) -> int:
     if cluster:
         console.print("nodes that start on demand were not checked: repeat it while some are there", style="yellow")
     console.print(f"{faults} of {len(checks)} checks failed" if faults else "no fault found", highlight=False)
-    return FAULT if faults else HEALTHY
+    return UNHEALTHY if faults else DONE
 
 
 def check_nodes(facts: Sequence["NodeFacts"], storage_path: str, *, cluster: bool) -> list[Check]:

@@ -22,17 +22,16 @@ from nkat_ray.config import (
     field_names,
 )
 from nkat_ray.data import Dataset, Missing
+from nkat_ray.exit_codes import DONE, FAULT
+from nkat_ray.files import CONFIG_FILE, JOURNAL_FILE, STAGE2_FILE, WEIGHTS_FILE
 from nkat_ray.metrics import STAGE2_DATASETS
-from nkat_ray.outputs import FAULT, SURVIVED, data_phrase
+from nkat_ray.outputs import data_phrase
 from nkat_ray.prepare import Datasets, config_of_json, describe_data, open_datasets, refuse_other_data
 from nkat_ray.report import results, tables
 from nkat_ray.report.terminal import Progress, Screen, final_report, result_lines
-from nkat_ray.run import survivor_of
-from nkat_ray.search.journal import JOURNAL_FILE, Journal, TrialRecord, read_state
-from nkat_ray.search.resources import Cluster, trial_share
-from nkat_ray.search.storage import CONFIG_FILE
-
-WEIGHTS_FILE = "weights.safetensors"  # as train.checkpoint spells it; torch is not loaded to refuse a flag
+from nkat_ray.search.journal import Journal, TrialRecord, read_state
+from nkat_ray.search.resources import trial_share
+from nkat_ray.stage2 import evaluate_survivors, model_survivor, survivor_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +109,10 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
         ValueError: the target is no run and no model, or has no survivor; or the data cannot be had, or are not those
             of the run.
     """
-    from nkat_ray.run import evaluate_survivors
     from nkat_ray.search.cluster import connected, describe_cluster, refuse_infeasible
     from nkat_ray.search.vault import open_vault
 
     _refuse_neither(config.target)
-    if config.official:
-        from nkat_ray.commands.official import recalculate
-
-        return recalculate(config, screen)
     run = run_config(config)
     records = _passed(config.target, run.gate) if _is_run(config.target) else []
     out = config.out or config.target / "evaluations" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
@@ -133,7 +127,9 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
     )  # fmt: skip
     with connected(run):
         cluster = describe_cluster()
-        survivors = [survivor_of(record, run, cluster) for record in records] or [_model(config.target, run, cluster)]
+        survivors = [survivor_of(record, run, cluster) for record in records] or [
+            model_survivor(config.target, run, trial_share(run.trial, run, cluster))
+        ]
         refuse_infeasible(survivor.share for survivor in survivors)
         out.mkdir(parents=True)
         (out / CONFIG_FILE).write_text(json.dumps(tables.plain(dataclasses.asdict(config)), indent=2) + "\n")
@@ -145,8 +141,8 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
                 progress=progress, notice=lambda _: None,  # that the weights come from disk is what was asked for
             )  # fmt: skip
     rows = list(journal.state.tested.values())
-    tables.write_stage2(out / tables.STAGE2_FILE, rows)
-    code = SURVIVED if results.datasets_counted(rows, winner) else FAULT
+    tables.write_stage2(out / STAGE2_FILE, rows)
+    code = DONE if results.datasets_counted(rows, winner) else FAULT
     summary = _summary(run, rows, winner, describe_data(datasets))
     final_report(summary, [], rows, screen)
     screen.print(f"results: {out}", markup=False, highlight=False, soft_wrap=True)
@@ -195,20 +191,6 @@ def _passed(target: Path, gate: float) -> list[TrialRecord]:
     if not passed:
         raise ValueError(f"target is {str(target)!r}; none of its trials passed the gate of {gate}")
     return passed
-
-
-def _model(target: Path, run: RunConfig, cluster: Cluster) -> Any:
-    """A model alone as the only survivor, number 0."""
-    from nkat_ray.evaluate import Survivor
-    from nkat_ray.model import count_nkat_parameters, count_parameters
-    from nkat_ray.train.checkpoint import Weights
-
-    model = Weights.from_bytes((target / WEIGHTS_FILE).read_bytes()).build()
-    return Survivor(
-        trial=0, checkpoints=[str(target.absolute())], conv_stem=run.conv_stem, embed_dim=run.embed_dim,
-        nkat_parameters=count_nkat_parameters(model), parameters=count_parameters(model),
-        share=trial_share(run.trial, run, cluster),
-    )  # fmt: skip
 
 
 def _summary(run: RunConfig, rows: list[dict[str, Any]], winner: int, data: dict[str, Any]) -> dict[str, Any]:

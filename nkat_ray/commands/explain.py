@@ -14,14 +14,14 @@ from rich.console import Console
 
 from nkat_ray.config import IMAGE_SIZE, DataConfig
 from nkat_ray.data import Dataset, Missing, open_dataset, split_validation, stratified_subset
-from nkat_ray.data.selection import LARGEST_VALIDATION_SHARE
+from nkat_ray.data.selection import VALIDATION_ONE_IN
 from nkat_ray.data.spec import KNOWN
+from nkat_ray.files import BEST_FOLDER, CURVES_FILE, WEIGHTS_FILE
 from nkat_ray.metrics import EPOCH, NKAT_SCALARS
 from nkat_ray.report import attention
 from nkat_ray.report.explain import Example, Explanation, write_explanation
-from nkat_ray.report.tables import BEST_FOLDER, CURVES_FILE, Row, read_curves
+from nkat_ray.report.tables import Row, read_curves
 
-WEIGHTS_FILE = "weights.safetensors"
 SHOWN_MOST = 64
 SCANNED = 200  # validation images from which examples are taken and heads are averaged
 BATCH = 16  # images a pass: the weights of 256 tokens, 9 blocks and 8 heads take 300 MB
@@ -223,11 +223,10 @@ class _Network:
         import torch
 
         from nkat_ray.model.capture import capture_attention
-        from nkat_ray.train.loop import normalise, to_network_size
+        from nkat_ray.train.loop import in_pixels, normalise, to_network_size
 
         pixels = torch.cat([to_network_size(torch.from_numpy(image[None].copy())) for image in images])
-        mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (self._mean, self._std))
-        inputs = normalise(pixels, mean, std)
+        inputs = normalise(pixels, in_pixels(self._mean), in_pixels(self._std))
         capture = capture_attention(self._model, inputs)
         shown = pixels.permute(0, 2, 3, 1).numpy()
         return capture.logits.double().numpy(), capture.weights.double().numpy(), (inputs, shown, capture)
@@ -271,7 +270,7 @@ def _open(config: ExplainConfig, weights: Any, console: Console) -> Dataset:
 def _validation(dataset: Dataset, val_images: int, most: int) -> _Batch:
     """A fixed, stratified choice from the validation images of the model's training."""
     labels = dataset.labels("train")
-    size = min(val_images, dataset.sizes["train"] // LARGEST_VALIDATION_SHARE)
+    size = min(val_images, dataset.sizes["train"] // VALIDATION_ONE_IN)
     _, val = split_validation(labels, val_images=size, train_images=None)
     rows = val[stratified_subset(labels[val], min(most, len(val)))]
     split = dataset.load("train", rows)

@@ -18,14 +18,16 @@ from nkat_ray.commands.evaluate import EvaluateConfig, refuse_other_than_the_run
 from nkat_ray.config import STAGE1_DATASET, RunConfig, TrialConfig, field_names
 from nkat_ray.data import Dataset
 from nkat_ray.data.selection import select_images, training_limits
+from nkat_ray.exit_codes import DONE, FAULT
+from nkat_ray.files import BEST_FOLDER, CONFIG_FILE, STAGE2_FILE, SUMMARY_FILE, WEIGHTS_FILE, write_atomically
 from nkat_ray.metrics import STAGE2_DATASETS, Stage2Scores
-from nkat_ray.outputs import FAULT, SURVIVED, data_phrase
+from nkat_ray.outputs import data_phrase
 from nkat_ray.prepare import Datasets, describe_data, open_datasets
 from nkat_ray.report import results, tables
 from nkat_ray.report.terminal import VERDICT_STYLE, Progress, Screen, number
 from nkat_ray.search.journal import Journal
 from nkat_ray.search.searcher import trial_seed
-from nkat_ray.search.storage import CONFIG_FILE
+from nkat_ray.stage2 import evaluate_survivors, model_survivor
 
 OFFICIAL_FILE = "official.json"
 FIRST_SEED = 2_000_000  # of the numbers that seeds follow from; the trials have those from 0 on
@@ -56,17 +58,17 @@ def recalculate(config: EvaluateConfig, screen: Screen) -> int:
     finally:
         journal.close()
     rows = list(journal.state.tested.values())
-    tables.write_stage2(out / tables.STAGE2_FILE, rows)
+    tables.write_stage2(out / STAGE2_FILE, rows)
     scores = {number: results.result_scores(rows, number) for number in seeds}
     found = results.official(rows, list(seeds))
-    code = SURVIVED if results.datasets_counted(rows, winner) else FAULT
+    code = DONE if results.datasets_counted(rows, winner) else FAULT
     document = {
         "run": config.target.absolute(), "config": dataclasses.asdict(run.trial), "lambda_model": run.lambda_model,
         "seeds": list(seeds.values()), "data": describe_data(datasets), **dataclasses.asdict(found),
         "by_seed": [dataclasses.asdict(score) for score in scores.values()], "exit_code": code,
     }  # fmt: skip
     (out / OFFICIAL_FILE).write_text(json.dumps(tables.plain(document), indent=2) + "\n")
-    lines = _notices(document)
+    lines = results.notices({"data": document["data"]})
     for line in lines:
         screen.print(f"! {line}", style="bold yellow", markup=False, highlight=False)
     screen.print(_table(rows, scores, found))
@@ -83,7 +85,7 @@ def official_run(config: EvaluateConfig) -> RunConfig:
     Raises:
         ValueError: the target has no winner.
     """
-    path = config.target / tables.SUMMARY_FILE
+    path = config.target / SUMMARY_FILE
     summary = tables.read_summary(path) if path.exists() else {"winner": None}
     winner = summary.get("winner")
     if not winner:
@@ -101,9 +103,9 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _claim(out: Path, config: EvaluateConfig) -> None:
-    """Take the folder for this recalculation, or find that it is already ours."""
+    """Take the folder for this recalculation, or find that it is already ours: `free` flags may differ then."""
     mine = tables.plain(dataclasses.asdict(config))
-    free = ("address", "data_dir", "json", "quiet", "verbose", "out", "target")  # may differ when it is continued
+    free = {"address", "data_dir", "json", "quiet", "verbose", "out", "target", "cpus_per_trial", "gpus_per_trial"}
     path = out / CONFIG_FILE
     if path.exists():
         saved = json.loads(path.read_text())
@@ -130,12 +132,10 @@ def _evaluated(
     screen: Screen,
 ) -> int:
     """Train what is missing, then Stage 2 on all seeds; the number of the seed that is best on validation."""
-    from nkat_ray.evaluate import retrained
-    from nkat_ray.run import evaluate_survivors
+    from nkat_ray.retrain import retrained
     from nkat_ray.search.cluster import connected, describe_cluster, refuse_infeasible
     from nkat_ray.search.resources import trial_share
     from nkat_ray.search.vault import open_vault
-    from nkat_ray.train.checkpoint import WEIGHTS_FILE, write_atomically
 
     folders = {number: out / "retrained" / f"seed_{number:03d}" for number in seeds}
     missing = {number: seeds[number] for number, folder in folders.items() if not (folder / WEIGHTS_FILE).exists()}
@@ -149,33 +149,17 @@ def _evaluated(
         share = trial_share(run.trial, run, describe_cluster())
         refuse_infeasible([share])
         if missing:
-            payload = (config.target / tables.BEST_FOLDER / WEIGHTS_FILE).read_bytes()
+            payload = (config.target / BEST_FOLDER / WEIGHTS_FILE).read_bytes()
             images = select_images(found, training_limits(found, run))
             for number, weights in retrained(payload, found, images, missing, share):
                 folders[number].mkdir(parents=True, exist_ok=True)  # an earlier call may have got no further
                 write_atomically(folders[number] / WEIGHTS_FILE, weights)
                 progress.notice(f"seed {number + 1} of {len(seeds)} is trained: {run.epochs} epochs")
-        survivors = [_survivor(number, folder, run, share) for number, folder in folders.items()]
+        survivors = [model_survivor(folder, run, share, trial=number) for number, folder in folders.items()]
         return evaluate_survivors(
             survivors, datasets, config=run, vault=open_vault("official"), journal=journal, folder=out,
             progress=progress, notice=lambda _: None,  # that the weights come from disk is how it is meant
         )  # fmt: skip
-
-
-def _survivor(number: int, folder: Path, run: RunConfig, share: Any) -> Any:
-    from nkat_ray.evaluate import Survivor
-    from nkat_ray.model import count_nkat_parameters, count_parameters
-    from nkat_ray.train.checkpoint import WEIGHTS_FILE, Weights
-
-    model = Weights.from_bytes((folder / WEIGHTS_FILE).read_bytes()).build()
-    return Survivor(
-        trial=number, checkpoints=[str(folder.absolute())], conv_stem=run.conv_stem, embed_dim=run.embed_dim,
-        nkat_parameters=count_nkat_parameters(model), parameters=count_parameters(model), share=share,
-    )  # fmt: skip
-
-
-def _notices(document: Mapping[str, Any]) -> list[str]:
-    return results.notices({"data": document["data"]})
 
 
 def _table(rows: Sequence[Mapping[str, Any]], scores: Mapping[int, Stage2Scores], found: results.Official) -> Table:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nkat_ray.config import Choice, Domain, RunConfig
 from nkat_ray.earlier import read_earlier
+from nkat_ray.exit_codes import DONE
 from nkat_ray.report.terminal import Screen, duration
 from nkat_ray.search.resources import Cluster, cluster_of, epoch_flops, peak_bytes, slots, trial_share
 from nkat_ray.search.space import baseline_point, corner_configs, domains, refuse_impossible, round1_point
@@ -19,16 +20,16 @@ PROBE_SIZE = 1024  # side of the matrices whose product tells how fast this mach
 PROBE_S = 0.5
 
 
-def print_plan(run: RunConfig, fixed: Collection[str], screen: Screen) -> None:
-    """Print the resolved configuration, what the trials will ask of the cluster and the estimated cost.
+def print_plan(run: RunConfig, fixed: Collection[str], screen: Screen) -> int:
+    """Print the resolved configuration, what the trials will ask of the cluster and the estimated cost; exit code 0.
 
     Raises:
         ValueError: an impossible combination of typed and searched values.
     """
     refuse_impossible(run, fixed)
-    earlier = read_earlier(run, domains(run, fixed))
-    cluster = this_machine()
     space = domains(run, fixed)
+    earlier = read_earlier(run, space)
+    cluster = this_machine()
     shown = {name: value for name, value in dataclasses.asdict(run).items() if name != "own_space"}  # stands below
     first = {"trial 0 (baseline)": baseline_point(run, space), "trial 1 (Round-1's best)": round1_point(run, space)[0]}
     plan = {
@@ -42,6 +43,7 @@ def print_plan(run: RunConfig, fixed: Collection[str], screen: Screen) -> None:
     if earlier.notice:
         screen.print(earlier.notice, markup=False, highlight=False)
     screen.conclude(plan, [f"{name}: {text}" for name, text in plan["cost"].items()])
+    return DONE
 
 
 def cost(run: RunConfig, fixed: Collection[str], cluster: Cluster) -> dict[str, str]:

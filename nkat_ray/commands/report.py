@@ -7,13 +7,13 @@ from typing import Any
 import tyro
 
 from nkat_ray.config import ScreenConfig
+from nkat_ray.files import CONFIG_FILE, STAGE2_FILE, SUMMARY_FILE, TRIALS_FILE
 from nkat_ray.report import tables
 from nkat_ray.report.comparison import compare
 from nkat_ray.report.html import write_report
 from nkat_ray.report.terminal import Screen, final_report, result_lines
 from nkat_ray.search.journal import read_state
 from nkat_ray.search.rows import trial_rows
-from nkat_ray.search.storage import CONFIG_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,14 @@ def _print(folder: Path, screen: Screen) -> tuple[dict[str, Any], list[str]]:
     from nkat_ray.outputs import stage2_rows, summarise
     from nkat_ray.prepare import config_of_json
 
-    if (folder / tables.SUMMARY_FILE).exists():
-        summary = tables.read_summary(folder / tables.SUMMARY_FILE, *tables.SUMMARY_KEYS)
-        for file in (tables.TRIALS_FILE, tables.STAGE2_FILE):
+    if (folder / SUMMARY_FILE).exists():
+        summary = tables.read_summary(folder / SUMMARY_FILE, *tables.SUMMARY_KEYS)
+        for file in (TRIALS_FILE, STAGE2_FILE):
             if not (folder / file).is_file():
                 raise ValueError(f"run is {str(folder)!r}; its {file} is missing; copy the folder again")
         trials, stage2 = (
-            tables.read_trials(folder / tables.TRIALS_FILE),
-            tables.read_stage2(folder / tables.STAGE2_FILE),
+            tables.read_trials(folder / TRIALS_FILE),
+            tables.read_stage2(folder / STAGE2_FILE),
         )
     else:
         saved = tables.read_summary(folder / CONFIG_FILE, "found")

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from nkat_ray.config import ScreenConfig, TrialConfig
+from nkat_ray.exit_codes import DONE
 from nkat_ray.metrics import (
     ACCURACY_TARGETS,
     GLOBAL_TARGETS,
@@ -40,8 +41,8 @@ class SimulateConfig(ScreenConfig):
                 raise ValueError(f"accuracy of {name} is {value}; allowed: 0..1")
 
 
-def simulate(config: SimulateConfig, screen: Screen) -> None:
-    """Print the expectation tables of docs/spec.md section 2."""
+def simulate(config: SimulateConfig, screen: Screen) -> int:
+    """Print the expectation tables of docs/spec.md section 2; exit code 0."""
     accuracies = {**ACCURACY_TARGETS, **config.accuracy}
     lambdas = baseline_lambdas()
     screen.print(score_table(accuracies, lambdas))
@@ -53,6 +54,7 @@ def simulate(config: SimulateConfig, screen: Screen) -> None:
     screen.conclude(
         {"accuracy": accuracies, "lambdas": lambdas, "scores": scores, "contradictions": contradictions()}, lines
     )  # fmt: skip
+    return DONE
 
 
 def baseline_lambdas() -> dict[str, float]:

@@ -22,16 +22,17 @@ from rich.progress import (
 
 from nkat_ray.config import TrainConfig, TrialConfig, field_names
 from nkat_ray.data import Dataset, Missing, open_dataset
-from nkat_ray.data.selection import Limits, Selection, select_images
+from nkat_ray.data.selection import VALIDATION_ONE_IN, Limits, Selection, select_images
+from nkat_ray.exit_codes import DONE, FAULT, NO_GO
+from nkat_ray.files import CURVES_FILE, WEIGHTS_FILE, write_atomically
 from nkat_ray.metrics import EPOCH, LAMBDA_MODELS, LOCAL_TPE, lambda_theory, tpe_score, wilson_interval
-from nkat_ray.report.tables import CURVES_FILE, plain, read_curves, read_summary, write_curves
+from nkat_ray.report.tables import plain, read_curves, read_summary, write_curves
 from nkat_ray.report.tensorboard import TensorBoardLog
 from nkat_ray.report.terminal import Screen
 from nkat_ray.search.rows import curve_row
 
 SMOKE_EPOCHS, SMOKE_ACCURACY = 10, 0.45  # docs/spec.md section 4
 CHECKPOINTS_KEPT = 2
-DIVERGED, NO_GO = 1, 4  # exit codes
 TRAINING_FILE = "training.json"  # the configuration, for --resume
 
 
@@ -88,7 +89,7 @@ def _open(config: TrainConfig, console: Screen) -> Dataset:
 def _train(config: TrainConfig, dataset: Dataset, images: Selection, out: Path, console: Screen) -> int:
     import torch
 
-    from nkat_ray.train.checkpoint import WEIGHTS_FILE, first_whole_state
+    from nkat_ray.train.checkpoint import first_whole_state
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bar = Progress(
@@ -131,8 +132,8 @@ def _train(config: TrainConfig, dataset: Dataset, images: Selection, out: Path, 
             f"{out}/checkpoints; a lower --lr or a smaller --clip_grad may help"
         )
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-        console.conclude({"error": text, "folder": out.absolute(), "exit_code": DIVERGED}, [text])
-        return DIVERGED
+        console.conclude({"error": text, "folder": out.absolute(), "exit_code": FAULT}, [text])
+        return FAULT
     assert weights is not None
     if config.smoke:
         return _smoke_verdict(accuracy, console)
@@ -180,7 +181,7 @@ class _Curve:
 
 def _limits(config: TrainConfig, dataset: Dataset) -> Limits:
     """As typed; a small dataset of one's own gives at most a fifth to validation."""
-    return Limits(min(config.val_images, dataset.sizes["train"] // 5), config.train_images)
+    return Limits(min(config.val_images, dataset.sizes["train"] // VALIDATION_ONE_IN), config.train_images)
 
 
 def _until_smoke(config: TrainConfig, trainer: Any) -> Iterator[Any]:
@@ -205,7 +206,7 @@ def _epoch_line(result: Any, score: float, epochs: int) -> str:
 
 
 def _checkpoint(out: Path, state: dict[str, Any], weights: bytes | None) -> None:
-    from nkat_ray.train.checkpoint import WEIGHTS_FILE, save_state, write_atomically
+    from nkat_ray.train.checkpoint import save_state
 
     folder = out / "checkpoints" / f"epoch_{state['trainer']['epoch']:05d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +220,7 @@ def _checkpoint(out: Path, state: dict[str, Any], weights: bytes | None) -> None
 def _smoke_verdict(accuracy: float, console: Screen) -> int:
     """As the gate judges: the tenth epoch's own accuracy, not the best so far (docs/spec.md section 6.1)."""
     go = accuracy > SMOKE_ACCURACY
-    code = 0 if go else NO_GO
+    code = DONE if go else NO_GO
     text = (
         f"{'GO' if go else 'NO-GO'}: validation accuracy {accuracy:.4f} in epoch {SMOKE_EPOCHS}; "
         f"the rule asks for more than {SMOKE_ACCURACY}"

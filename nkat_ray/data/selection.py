@@ -8,7 +8,7 @@ from nkat_ray.config import STAGE1_DATASET, RunConfig
 from nkat_ray.data.dataset import Dataset, Images, Labels
 from nkat_ray.data.splits import split_validation
 
-LARGEST_VALIDATION_SHARE = 5  # one image in five
+VALIDATION_ONE_IN = 5  # of a small training split at most one image in so many is for validation
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def training_limits(dataset: Dataset, run: RunConfig) -> Limits:
     if dataset.name == STAGE1_DATASET:
         return Limits(run.val_images, run.train_images)
     size = dataset.sizes["train"]
-    val_images = min(run.val_images, size // LARGEST_VALIDATION_SHARE)
+    val_images = min(run.val_images, size // VALIDATION_ONE_IN)
     return Limits(val_images, None if run.transfer_images is None else min(run.transfer_images, size - val_images))
 
 

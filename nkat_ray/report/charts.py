@@ -402,7 +402,6 @@ def _layout(x: str, y: str) -> dict[str, Any]:
         "margin": {"l": 56, "r": 12, "t": 12, "b": 48},
         "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
         "hovermode": "closest",
-        "font": {"size": 13},
         "dragmode": False,  # a finger scrolls the page, not the chart
     }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nkat_ray.config import Choice, TrainConfig, TrialConfig, field_names
+from nkat_ray.files import REPORT_FILE, STUDY_FILE
 from nkat_ray.metrics import LAMBDA_MODELS, STAGE2_DATASETS
 from nkat_ray.report import charts, results, tables
 from nkat_ray.report.page import Page, cell, escaped, table
@@ -41,7 +42,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
         ValueError: the folder holds no run.
     """
     run = load_run(run_folder)
-    out = out or run_folder / tables.REPORT_FILE
+    out = out or run_folder / REPORT_FILE
     return run_page(run).save(out)
 
 
@@ -249,7 +250,7 @@ def _survivor_table(run: Run) -> str:
 
 
 def _importance(run: Run, page: Page) -> list[str]:
-    journal = run.folder / tables.JOURNAL_FILE
+    journal = run.folder / STUDY_FILE
     if not journal.is_file():
         return []
     study = load_study(journal)

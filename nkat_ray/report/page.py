@@ -6,11 +6,11 @@ own policy forbids every request.
 
 import html
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from nkat_ray.files import write_atomically
 from nkat_ray.report import tables
 
 POLICY: Final = (
@@ -175,9 +175,7 @@ class Page:
 
     def save(self, out: Path) -> Path:
         """Write the file, whole or not at all; returns its path."""
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        temporary.write_text(self.render(), encoding="utf-8")
-        os.replace(temporary, out)
+        write_atomically(out, self.render().encode())
         return out
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from nkat_ray.exit_codes import RESUMABLE
 from nkat_ray.metrics import (
     ACCURACY_TARGETS,
     BEFORE,
@@ -27,7 +28,6 @@ Rows = Iterable[Mapping[str, Any]]
 Status = Literal["reached", "not reached", "undecided"]
 
 NOTES_GATE: Final = 0.60  # the gate of the notes; every report says when another one was used
-INTERRUPTED: Final = 130  # exit code of a run that Ctrl-C ended
 METRIC_NAMES: Final = {"global_tpe": "Global TPE", "consistency": "Consistency", "robustness": "Robustness"}
 DATASET_NAMES: Final = {
     "mnist": "MNIST",
@@ -313,7 +313,7 @@ def verdict_of(summary: Mapping[str, Any], rows: Rows) -> Verdict:
     found = verdict(
         rows,
         winner,
-        finished=summary.get("exit_code") not in (None, INTERRUPTED),
+        finished=summary.get("exit_code") not in RESUMABLE,
         gate=summary.get("gate", NOTES_GATE),
         survivors=len(summary.get("survivors") or ()),
     )

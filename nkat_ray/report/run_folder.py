@@ -7,6 +7,8 @@ from typing import Any
 
 from nkat_ray.config import SPACES, Domain
 from nkat_ray.domains import domain_of_json
+from nkat_ray.exit_codes import RESUMABLE
+from nkat_ray.files import CONFIG_FILE, CURVES_FILE, STAGE2_FILE, SUMMARY_FILE, TRIALS_FILE
 from nkat_ray.report import results, tables
 
 
@@ -34,9 +36,7 @@ class Run:
     @property
     def known(self) -> dict[str, Any]:
         """The summary, or what is known of it before it is written."""
-        data = self.config.get("found")
-        if not isinstance(data, Mapping):  # described with the configuration, or only the flag
-            data = {"all": {"source": "synthetic"}} if data == "synthetic" else {}
+        data = self.config.get("found", {})
         start = {"gate": self.gate, "preset": self.config.get("preset"), "data": data}
         return {"winner": None, "exit_code": None, **start, **self.summary}
 
@@ -49,7 +49,7 @@ class Run:
     @property
     def ended(self) -> bool:
         """Whether the run has come to its end; an interrupted one has not."""
-        return self.summary.get("exit_code") not in (None, results.INTERRUPTED)
+        return self.summary.get("exit_code") not in RESUMABLE
 
     @property
     def searched(self) -> list[str]:
@@ -72,11 +72,11 @@ def load_run(folder: Path) -> Run:
         ValueError: the folder is not there, or holds none of a run's files.
     """
     readers: dict[str, tuple[str, Callable[[Path], Any]]] = {
-        "config": (tables.CONFIG_FILE, tables.read_summary),
-        "summary": (tables.SUMMARY_FILE, tables.read_summary),
-        "trials": (tables.TRIALS_FILE, tables.read_trials),
-        "curves": (tables.CURVES_FILE, tables.read_curves),
-        "stage2": (tables.STAGE2_FILE, tables.read_stage2),
+        "config": (CONFIG_FILE, tables.read_summary),
+        "summary": (SUMMARY_FILE, tables.read_summary),
+        "trials": (TRIALS_FILE, tables.read_trials),
+        "curves": (CURVES_FILE, tables.read_curves),
+        "stage2": (STAGE2_FILE, tables.read_stage2),
     }
     found: dict[str, Any] = {
         name: read(folder / file) for name, (file, read) in readers.items() if (folder / file).is_file()

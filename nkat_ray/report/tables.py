@@ -18,20 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nkat_ray.config import TrialConfig, field_names
+from nkat_ray.files import write_atomically
 from nkat_ray.metrics import NKAT_SCALARS
 
 Row = dict[str, Any]
 Rows = Iterable[Mapping[str, Any]]
 
-TRIALS_FILE: Final = "trials.parquet"
-CURVES_FILE: Final = "curves.parquet"
-STAGE2_FILE: Final = "stage2.parquet"
-SUMMARY_FILE: Final = "summary.json"
-CONFIG_FILE: Final = "config.json"
-JOURNAL_FILE: Final = "optuna_journal.log"
-REPORT_FILE: Final = "report.html"
-TENSORBOARD_FOLDER: Final = "tensorboard"
-BEST_FOLDER: Final = "best"
 
 CONFIG_PREFIX: Final = "config/"
 STOP_REASONS: Final = ("finished", "asha", "smoke", "gate", "nan", "error", "budget")  # null while it has not ended
@@ -191,7 +183,7 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     if summary["winner"] is not None:
         _require(summary["winner"], WINNER_KEYS, "summary's winner")
     text = json.dumps(plain(summary), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    _replace(path, text.encode())
+    write_atomically(path, text.encode())
 
 
 def read_summary(path: Path, *needed: str) -> dict[str, Any]:
@@ -241,7 +233,7 @@ def _write(
     text = {key: str(value) for key, value in (metadata or {}).items()}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_arrays(columns, schema=schema.with_metadata(text or None)), sink)
-    _replace(path, sink.getvalue().to_pybytes())
+    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def _column(rows: list[Mapping[str, Any]], field: pa.Field, *, nan_is_null: bool) -> pa.Array:
@@ -257,16 +249,3 @@ def _column(rows: list[Mapping[str, Any]], field: pa.Field, *, nan_is_null: bool
 def _read(path: Path) -> list[Row]:
     rows: list[Row] = pq.ParquetFile(path).read().to_pylist()  # one file: no dataset discovery over its folder
     return rows
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside the file, then rename over it: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -110,7 +110,6 @@ class TensorBoardLog:
     def stage2(
         self,
         summary: Mapping[str, Any],
-        trials: Sequence[Mapping[str, Any]],
         stage2: Sequence[Mapping[str, Any]],
         curves: Sequence[Mapping[str, Any]] = (),
         pictures: Mapping[str, Image.Image] | None = None,
@@ -119,7 +118,6 @@ class TensorBoardLog:
 
         Args:
             summary: summary.json's keys.
-            trials: rows of trials.parquet.
             stage2: rows of stage2.parquet.
             curves: rows of curves.parquet, for the chart of baseline, winner and gate.
             pictures: of the winner, by tag.

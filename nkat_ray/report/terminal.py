@@ -22,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from nkat_ray.files import BEST_FOLDER, REPORT_FILE, TENSORBOARD_FOLDER, TRIALS_FILE
 from nkat_ray.metrics import EPOCH, LAMBDA_MODELS, LOCAL_TPE, STAGE2_DATASETS, VAL_ACCURACY
 from nkat_ray.report import results, tables
 
@@ -204,9 +205,9 @@ def _print_paths(console: Console, folder: Path) -> None:
 
 def _paths(folder: Path) -> dict[str, str]:
     """What there is to open; TensorBoard as the command that opens it."""
-    files = {"report": tables.REPORT_FILE, "model": tables.BEST_FOLDER, "tables": tables.TRIALS_FILE}
+    files = {"report": REPORT_FILE, "model": BEST_FOLDER, "tables": TRIALS_FILE}
     paths = {name: str(folder / file) for name, file in files.items() if (folder / file).exists()}
-    events = folder / tables.TENSORBOARD_FOLDER
+    events = folder / TENSORBOARD_FOLDER
     return paths | ({"TensorBoard": f"tensorboard --logdir {shlex.quote(str(events))}"} if events.exists() else {})
 
 

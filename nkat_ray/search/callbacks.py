@@ -24,6 +24,7 @@ from nkat_ray.metrics import (
 )
 from nkat_ray.search.gate import STOP_DETAIL
 from nkat_ray.search.journal import Journal, TrialRecord
+from nkat_ray.search.schedulers import VERDICTS
 
 ROW_KEYS = (
     EPOCH, TRAIN_LOSS, VAL_ACCURACY, LOCAL_TPE, "lr", "images_per_s", "epoch_s", "started_s", LAMBDA_THEORY,
@@ -73,7 +74,7 @@ class JournalCallback(Callback):
         tell: Callable[[TrialRecord], None],
         expired: Callable[[], bool],
         listeners: Listeners,
-        verdict: str = "is not among the rung's best",
+        verdict: str = VERDICTS["asha"],
         advance: Callable[[], None] | None = None,
     ) -> None:
         self._journal, self._folder, self._gate, self._max_epochs = journal, folder, gate, max_epochs

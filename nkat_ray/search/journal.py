@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nkat_ray.files import JOURNAL_FILE
 from nkat_ray.metrics import EPOCH, LOCAL_TPE
-
-JOURNAL_FILE = "journal.jsonl"
 
 
 @dataclass
@@ -79,7 +78,7 @@ class RunState:
     attempts: list[tuple[float, float]] = field(default_factory=list)  # (start, last sign of life), since 1970
     warmed: bool = False  # the study knows the trials of --warm_start
     stage1_done: bool = False
-    ranked: bool = False  # the survivors' order is fixed: nothing is validated any more
+    order: list[int] = field(default_factory=list)  # of the survivors, once it is fixed: nothing is validated any more
     slot_changes: list[tuple[float, int]] = field(default_factory=list)  # (since 1970, trials at a time from then on)
     stage2: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)  # (trial, dataset) -> validation row
     stage2_epochs: dict[tuple[int, str], int | None] = field(default_factory=dict)  # epoch of the weights behind it
@@ -156,7 +155,7 @@ class RunState:
         self.stage1_done = True
 
     def _on_ranked(self, event: Mapping[str, Any]) -> None:
-        self.ranked = True
+        self.order = event["order"]
 
     def _on_stage2(self, event: Mapping[str, Any]) -> None:
         key = event["row"]["trial"], event["row"]["dataset"]

@@ -20,12 +20,12 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from nkat_ray.config import Domain
+from nkat_ray.files import STUDY_FILE
 from nkat_ray.metrics import EPOCH, LAMBDA_THEORY, LOCAL_TPE
 from nkat_ray.search.journal import Journal, TrialRecord, WarmTrial
 from nkat_ray.search.sampler import make_sampler
 from nkat_ray.search.space import distribution
 
-STUDY_FILE = "optuna_journal.log"
 STUDY_NAME = "nkat"
 GATE_CONSTRAINT = "gate"  # <= 0 where the trial passed; set only where the gate was really judged
 DUPLICATE_TRIES = 20  # draws before a repeated proposal is accepted: a small space may hold nothing new

@@ -17,10 +17,9 @@ import platformdirs
 import pyarrow.fs
 from filelock import FileLock, Timeout
 
-from nkat_ray.search.journal import JOURNAL_FILE
+from nkat_ray.files import CONFIG_FILE, JOURNAL_FILE
 
 LOCK_FILE = "driver.lock"
-CONFIG_FILE = "config.json"
 TUNE_FOLDER = "tune"
 
 

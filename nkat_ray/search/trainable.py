@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 
 from nkat_ray.config import RunConfig, TrialConfig
 from nkat_ray.data.selection import Selection
+from nkat_ray.files import WEIGHTS_FILE, write_atomically
 from nkat_ray.metrics import LAMBDA_THEORY, LOCAL_TPE, lambda_theory, tpe_score
 from nkat_ray.model import count_nkat_parameters, count_parameters, create_nkat_vit
 from nkat_ray.search.callbacks import NOTICES
@@ -22,7 +23,8 @@ from nkat_ray.search.gate import BEST_LOCAL_TPE
 from nkat_ray.search.resources import CPU_MEMORY_FRACTION, GPU_OVERHEAD_BYTES, cpu_micro_batch, peak_bytes
 from nkat_ray.search.space import trial_config
 from nkat_ray.search.vault import deposit
-from nkat_ray.train.checkpoint import WEIGHTS_FILE, first_whole_state, save_state, write_atomically
+from nkat_ray.train.checkpoint import first_whole_state, save_state
+from nkat_ray.train.device import device_for
 from nkat_ray.train.loop import EpochResult, ImageSet, Trainer
 
 
@@ -35,19 +37,6 @@ class Stage1Data:
     num_classes: int
     grey: bool
     flip: bool
-
-
-def device_for(gpus: float, cpus: int) -> torch.device:
-    """Set this process up for its share of the machine and say where to compute.
-
-    Ray's GPU fraction is admission control only: the memory limit is set here. Ray may also count GPUs that are not
-    there.
-    """
-    torch.set_num_threads(max(1, cpus))
-    if gpus > 0 and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gpus))
-        return torch.device("cuda")
-    return torch.device("cpu")
 
 
 def gpu_memory_warning(config: TrialConfig, gpus: float) -> str | None:
@@ -76,7 +65,8 @@ def train_trial(
 
     Args:
         params: the proposed values, with `trial`, `seed`, and `resume_from` (checkpoints of an earlier driver, newest
-        first). run: the run's configuration.
+            first).
+        run: the run's configuration.
         data: CIFAR-10.
         vault: takes the weights of a trial that has passed the gate.
         deadline_s: time since 1970 after which the trial returns.
@@ -91,16 +81,13 @@ def train_trial(
     trainer = _trainer(params, run=run, data=data, device=device, deadline_s=deadline_s, notice=notices.append)
     if device.type == "cpu":
         trainer.micro_batch = cpu_micro_batch(trainer.config, memory_bytes=memory_bytes)
-    lam = lambda_theory(
-        run.lambda_model, conv_stem=trainer.config.conv_stem, embed_dim=trainer.config.embed_dim,
-        nkat_parameters=count_nkat_parameters(trainer.model), parameters=count_parameters(trainer.model),
-    )  # fmt: skip
+    counts = {"nkat_parameters": count_nkat_parameters(trainer.model), "parameters": count_parameters(trainer.model)}
+    stem, width = trainer.config.conv_stem, trainer.config.embed_dim
+    lam = lambda_theory(run.lambda_model, conv_stem=stem, embed_dim=width, **counts)
     best, weights = _continue(trainer, params)
     if params["resume_from"] and trainer.epoch == 0:
         notices.append("none of its checkpoints is whole any more: it begins again")
-    facts = {"node": socket.gethostname(), "gpus": gpus, "cpus": cpus, LAMBDA_THEORY: lam}
-    facts["nkat_parameters"] = count_nkat_parameters(trainer.model)
-    facts["parameters"] = count_parameters(trainer.model)
+    facts = {"node": socket.gethostname(), "gpus": gpus, "cpus": cpus, LAMBDA_THEORY: lam, **counts}
     for result in trainer.epochs():
         score, better = _score(result, lam), False
         if score > best:  # False for NaN

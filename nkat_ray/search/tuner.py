@@ -45,7 +45,6 @@ def tune_stage1(
     warm: Iterable[WarmTrial] = (),
     stage2: Stage2 | None = None,
     look: Callable[[], Cluster] | None = None,
-    clock: Callable[[], float] = time.time,
 ) -> None:
     """Run Stage 1 to its end, or continue it; everything that happened is in the journal afterwards.
 
@@ -62,15 +61,15 @@ def tune_stage1(
         warm: an earlier run's trials, for the sampler to learn from.
         stage2: validates survivors as they pass (`--feedback global`).
         look: the cluster as it is at the moment: nodes join and leave.
-        clock: seconds since 1970.
     """
     left_s = math.inf if run.stage1_hours is None else 3600 * run.stage1_hours - journal.state.earlier_s
-    deadline_s = clock() + left_s
+    deadline_s = time.time() + left_s
 
     def expired() -> bool:
-        return clock() >= deadline_s
+        return time.time() >= deadline_s
 
     state = journal.state
+    records = state.trials.values()  # a view: trials to come are in it too
     passed = set(state.survivors(run.gate))
 
     def enough() -> bool:
@@ -87,14 +86,16 @@ def tune_stage1(
     at_a_time = slots(run, cluster)
     now_at_a_time = Slots(at_a_time, look=lambda: slots(run, look() if look else cluster), on_change=on_slots)
     space = domains(run, fixed)
+    feedback: Feedback | None = None
     searcher = GatedOptunaSearch(
         space, folder=folder, journal=journal, points=[baseline_point(run, space), round1_point(run, space)[0]],
         num_samples=run.num_samples, run_seed=run.seed, gate=run.gate, sampler=run.sampler, objective=run.objective,
         warm=warm, score=best_local_tpe if stage2 is None else stage2.score, closed=closed,
         slots=now_at_a_time, held=lambda: feedback is not None and feedback.holds(),
     )  # fmt: skip
-    listeners, tell, advance = _after(listeners, on_survivor=passed.add), searcher.tell, None
-    feedback = None
+    listeners = _after(listeners, on_survivor=passed.add)
+    tell: Callable[[TrialRecord], None] = searcher.tell
+    advance: Callable[[], None] | None = None
     if stage2 is not None:
         feedback = Feedback(
             stage2, state=state, gate=run.gate, slots=now_at_a_time, tell=searcher.tell,
@@ -112,19 +113,18 @@ def tune_stage1(
     scores = {trial: best_local_tpe(state.trials[trial]) or 0.0 for trial in passed}
     if enough():  # an earlier driver was killed between the last pass and the ends that follow from it
         best = max(scores.values())
-        for record in [r for r in state.trials.values() if not r.ended and (best_local_tpe(r) or 0.0) < best]:
+        for record in [r for r in records if not r.ended and (best_local_tpe(r) or 0.0) < best]:
             searcher.forget(record)
             callback.end(record, "budget", budget_detail(max(record.curve, default=0), scores))
-    earlier = state.trials.values()
-    open_trials = run.num_samples - sum(record.ended for record in earlier)
+    open_trials = run.num_samples - sum(record.ended for record in records)
     if open_trials > 0:
         _fit(
             run, data=data, cluster=cluster, vault=vault, deadline_s=deadline_s, open_trials=open_trials,
             at_a_time=at_a_time, searcher=searcher, tune_folder=tune_folder, attempt=attempt,
-            scheduler=make_scheduler(run, earlier), callback=callback, trackers=trackers_of(run, folder),
-            stoppers=stoppers_of(run, earlier, scores),
+            scheduler=make_scheduler(run, records), callback=callback, trackers=trackers_of(run, folder),
+            stoppers=stoppers_of(run, records, scores),
         )  # fmt: skip
-    if any(not record.ended for record in earlier) or (len(earlier) < run.num_samples and not closed()):
+    if any(not record.ended for record in records) or (len(records) < run.num_samples and not closed()):
         raise KeyboardInterrupt  # Tune ends in order on a signal of its own (SIGUSR1): the stage is not over
     if feedback:
         feedback.finish()

@@ -7,8 +7,6 @@ safetensors with the configuration that rebuilds them in the header. Nothing is 
 import hashlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +16,11 @@ import safetensors.torch
 import torch
 
 from nkat_ray.config import TrialConfig
+from nkat_ray.files import write_atomically
 from nkat_ray.model import NKATVisionTransformer, create_nkat_vit
 
 STATE_FILE = "state.pt"
 DIGEST_BYTES = hashlib.sha256().digest_size
-WEIGHTS_FILE = "weights.safetensors"
 
 
 class CheckpointError(RuntimeError):
@@ -81,24 +79,6 @@ def config_from_json(fields: Mapping[str, Any]) -> TrialConfig:
     """A TrialConfig from JSON, which knows no tuples."""
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
     return TrialConfig(**values)
-
-
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part.
-
-    Raises:
-        OSError: the disk is full or not writable; the old file is untouched and no part is left behind.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:

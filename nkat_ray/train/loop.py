@@ -7,7 +7,7 @@ augmented and normalised there; there are no loader processes.
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,11 @@ def to_network_size(images: Tensor) -> Tensor:
     return padded.expand(-1, 3, -1, -1).contiguous()
 
 
+def in_pixels(fractions: Sequence[float], device: torch.device | None = None) -> Tensor:
+    """A value a channel, 0..1, as (3, 1, 1) in units of 0..255: what `normalise` takes."""
+    return torch.tensor(fractions, device=device).view(3, 1, 1) * 255
+
+
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) to float32 with the given statistics, (3, 1, 1) each in units of 0..255."""
     return (images.float() - mean) / std
@@ -148,8 +153,7 @@ class Trainer:
         self.augmentation = torch.Generator().manual_seed(seed + 1)  # on the CPU: the same draws on every device
         red, green, blue = (round(255 * value) for value in mean)
         self._fill = (red, green, blue)  # Cutout's grey: nearest to 0 after normalisation
-        self.mean = torch.tensor(mean, device=device).view(3, 1, 1) * 255
-        self.std = torch.tensor(std, device=device).view(3, 1, 1) * 255
+        self.mean, self.std = in_pixels(mean, device), in_pixels(std, device)
         self.epoch = 0
         self.micro_batch = min(config.batch_size, len(train))
         self.steps_an_epoch = math.ceil(len(train) / config.batch_size)

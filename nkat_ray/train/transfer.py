@@ -11,9 +11,10 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
 from nkat_ray.config import Transfer, TrialConfig
+from nkat_ray.files import WEIGHTS_FILE, write_atomically
 from nkat_ray.model import create_nkat_vit, save_pretrained
-from nkat_ray.train.checkpoint import WEIGHTS_FILE, Weights, write_atomically
-from nkat_ray.train.loop import ImageSet, Trainer, count_correct
+from nkat_ray.train.checkpoint import Weights
+from nkat_ray.train.loop import ImageSet, Trainer, count_correct, in_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,5 +103,5 @@ def save_weights(weights: Weights, payload: bytes, folder: Path) -> None:
 
 def count_correct_of(weights: Weights, images: ImageSet, device: torch.device) -> int:
     """How many images the network classifies correctly."""
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (weights.mean, weights.std))
+    mean, std = (in_pixels(values, device) for values in (weights.mean, weights.std))
     return count_correct(weights.build().to(device), images, mean=mean, std=std, device=device)

@@ -36,6 +36,14 @@ def test_weights_that_are_none(refused: Callable[..., str], tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
 
 
+def test_a_folder_that_belongs_to_a_flag_is_no_target(refused: Callable[..., str], tmp_path: Path) -> None:
+    model, data = tmp_path / "model", tmp_path / "data"
+    model.mkdir()
+    data.mkdir()
+    (model / "weights.safetensors").write_bytes(b"not a model")
+    assert f"target is {str(model)!r}" in refused("--data_dir", data, model)
+
+
 @pytest.mark.parametrize(("flag", "value", "said"), [("--transfer", "guess", "guess"), ("--transfer_epochs", 0, "0")])
 def test_flags_out_of_range(refused: Callable[..., str], tmp_path: Path, flag: str, value: object, said: str) -> None:
     (tmp_path / "weights.safetensors").touch()

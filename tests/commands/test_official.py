@@ -73,6 +73,8 @@ def test_a_recalculation_that_is_killed_goes_on_and_ends_with_a_verdict(tmp_path
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
+    for seed in range(2):  # one that was killed between the folder and the weights leaves it empty
+        (out / "retrained" / f"seed_{seed:03d}").mkdir(exist_ok=True)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("retrained/*/weights.safetensors")}
     done = subprocess.run([*command, "--json", "--quiet"], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -89,3 +91,9 @@ def test_a_recalculation_that_is_killed_goes_on_and_ends_with_a_verdict(tmp_path
     other = subprocess.run([*command, "--seeds", "3"], capture_output=True, text=True, timeout=300, check=False)
     assert other.returncode == 2
     assert "seeds is 3" in other.stderr
+    for official in ([], ["--official"]):  # no machine has so many cores: Ray would wait in silence
+        words = [*command[:4], *official, "--cpus_per_trial", "1000", tmp_path / "r", "--out", tmp_path / "new"]
+        large = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+        assert large.returncode == 2, large.stderr
+        assert "asks for 1000 CPU" in large.stderr
+        assert (tmp_path / "new").exists() == bool(official)  # that one is continued

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from nkat_ray.config import RunConfig, TrialConfig
+from nkat_ray.files import CONFIG_FILE, CURVES_FILE, STAGE2_FILE, STUDY_FILE, SUMMARY_FILE, TRIALS_FILE
 from nkat_ray.metrics import (
     ACCURACY_TARGETS,
     GLOBAL_TARGETS,
@@ -260,18 +261,18 @@ def build_run(
             }
             stage2 += fake_stage2(trial, lam, shown)
     config = RunConfig.from_preset(preset, name=folder.name, gate=gate, epochs=EPOCHS)
-    (folder / tables.CONFIG_FILE).write_text(json.dumps(tables.plain(dataclasses.asdict(config))))
+    (folder / CONFIG_FILE).write_text(json.dumps(tables.plain(dataclasses.asdict(config))))
     metadata = {"name": folder.name, "gate": gate, "seed": 7}
-    tables.write_trials(folder / tables.TRIALS_FILE, trials, metadata=metadata)
-    tables.write_curves(folder / tables.CURVES_FILE, curves, metadata=metadata)
+    tables.write_trials(folder / TRIALS_FILE, trials, metadata=metadata)
+    tables.write_curves(folder / CURVES_FILE, curves, metadata=metadata)
     exit_code = None if running else 0 if stage2 else 3
     summary = fake_summary(trials, stage2, gate=gate, preset=preset, source=source, exit_code=exit_code)
     if not running:
-        tables.write_stage2(folder / tables.STAGE2_FILE, stage2, metadata=metadata)
-        tables.write_summary(folder / tables.SUMMARY_FILE, summary)
+        tables.write_stage2(folder / STAGE2_FILE, stage2, metadata=metadata)
+        tables.write_summary(folder / SUMMARY_FILE, summary)
     if journal:
-        fake_journal(folder / tables.JOURNAL_FILE, trials)
-    return FakeRun(folder, tables.read_trials(folder / tables.TRIALS_FILE), curves, stage2, summary)
+        fake_journal(folder / STUDY_FILE, trials)
+    return FakeRun(folder, tables.read_trials(folder / TRIALS_FILE), curves, stage2, summary)
 
 
 @pytest.fixture

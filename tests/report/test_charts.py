@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nkat_ray.files import STAGE2_FILE
 from nkat_ray.report import charts, tables
 
 
@@ -108,7 +109,7 @@ def test_a_running_trial_ends_with_its_last_epoch(make_run: Callable[..., Any]) 
 
 def test_dataset_bars_leave_a_missing_dataset_empty(make_run: Callable[..., Any]) -> None:
     run = make_run(emnist=None)
-    rows = {row["dataset"]: row for row in tables.read_stage2(run.folder / tables.STAGE2_FILE) if row["trial"] == 0}
+    rows = {row["dataset"]: row for row in tables.read_stage2(run.folder / STAGE2_FILE) if row["trial"] == 0}
     figure = charts.dataset_bars(rows, score="tpe")
     bars = dict(zip(figure["data"][0]["y"], figure["data"][0]["x"], strict=True))
     assert bars["EMNIST letters"] is None

@@ -13,6 +13,7 @@ import pytest
 
 from nkat_ray.cli import parse
 from nkat_ray.config import TrainConfig, TrialConfig
+from nkat_ray.files import CONFIG_FILE, CURVES_FILE, STAGE2_FILE, SUMMARY_FILE, TRIALS_FILE
 from nkat_ray.report import tables
 from nkat_ray.report.html import funnel, train_command, write_report
 from nkat_ray.report.run_folder import load_run
@@ -78,7 +79,7 @@ def test_one_file_that_names_no_other(make_run: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", "</script><script>alert(2)//", '"><img src=x>'])
 def test_everything_from_data_is_escaped(make_run: Callable[..., Any], hostile: str) -> None:
     run = make_run()
-    rows = tables.read_trials(run.folder / tables.TRIALS_FILE)
+    rows = tables.read_trials(run.folder / TRIALS_FILE)
     for row in rows:
         row |= {
             "error": hostile,
@@ -87,16 +88,16 @@ def test_everything_from_data_is_escaped(make_run: Callable[..., Any], hostile: 
             "trial_id": hostile,
             "stop_detail": hostile,
         }
-    tables.write_trials(run.folder / tables.TRIALS_FILE, rows)
-    stage2 = tables.read_stage2(run.folder / tables.STAGE2_FILE)
-    tables.write_stage2(run.folder / tables.STAGE2_FILE, [row | {"error": hostile, "mode": hostile} for row in stage2])
+    tables.write_trials(run.folder / TRIALS_FILE, rows)
+    stage2 = tables.read_stage2(run.folder / STAGE2_FILE)
+    tables.write_stage2(run.folder / STAGE2_FILE, [row | {"error": hostile, "mode": hostile} for row in stage2])
     summary = run.summary | {
         "versions": {hostile: hostile}, "lambda_model": hostile, "preset": hostile,
         "data": {hostile: {"source": hostile}},
     }  # fmt: skip
-    tables.write_summary(run.folder / tables.SUMMARY_FILE, summary)
-    config = json.loads((run.folder / tables.CONFIG_FILE).read_text()) | {"name": hostile, "space": hostile}
-    (run.folder / tables.CONFIG_FILE).write_text(json.dumps(config))
+    tables.write_summary(run.folder / SUMMARY_FILE, summary)
+    config = json.loads((run.folder / CONFIG_FILE).read_text()) | {"name": hostile, "space": hostile}
+    (run.folder / CONFIG_FILE).write_text(json.dumps(config))
     clean = outline(write_report(make_run("clean").folder))
     page = outline(write_report(run.folder))
     assert len([tag for tag, _ in page.tags if tag == "script"]) == len(
@@ -112,9 +113,9 @@ def test_a_run_still_going_has_a_report(make_run: Callable[..., Any]) -> None:
     assert "This run has not ended" in page.said
     assert "Undecided" in page.said
     assert "3 of 8 trials passed the gate so far" in page.said
-    for file in (tables.CURVES_FILE, tables.TRIALS_FILE):
+    for file in (CURVES_FILE, TRIALS_FILE):
         (run.folder / file).unlink()
-        assert "No trial" in outline(write_report(run.folder)).said or file == tables.CURVES_FILE
+        assert "No trial" in outline(write_report(run.folder)).said or file == CURVES_FILE
 
 
 def test_without_survivors_the_report_says_which_accuracy_was_missing(make_run: Callable[..., Any]) -> None:

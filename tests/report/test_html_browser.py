@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nkat_ray.files import TRIALS_FILE
 from nkat_ray.report import tables
 from nkat_ray.report.comparison import compare
 from nkat_ray.report.html import write_report
@@ -75,10 +76,10 @@ def test_a_phone_shows_it_all(shown_run: Path, browser: Any, screenshots: Path, 
 def test_hostile_data_stay_text(make_run: Callable[..., Any], browser: Any) -> None:
     hostile = "</script><img src=x onerror=alert(1)><b>"
     run = make_run()
-    rows = tables.read_trials(run.folder / tables.TRIALS_FILE)
+    rows = tables.read_trials(run.folder / TRIALS_FILE)
     for row in rows:
         row |= {"error": hostile, "node": hostile, "config/conv_stem": hostile, "stop_detail": hostile}
-    tables.write_trials(run.folder / tables.TRIALS_FILE, rows)
+    tables.write_trials(run.folder / TRIALS_FILE, rows)
     path = write_report(run.folder)
     browser.open(path)
     assert quiet(browser, path)

@@ -105,9 +105,13 @@ def test_verdict_without_a_winner() -> None:
     assert results.verdict([], None).status == "not reached"
     assert results.verdict([], None, finished=False).status == "undecided"
     assert results.verdict([], None, survivors=2).status == "undecided"
-    assert (
-        results.verdict_of({"winner": None, "gate": 0.6, "exit_code": 130, "survivors": []}, []).status == "undecided"
-    )
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [(None, "undecided"), (1, "undecided"), (130, "undecided"), (3, "not reached")]
+)
+def test_a_run_that_resume_would_continue_is_undecided(code: int | None, status: str) -> None:
+    assert results.verdict_of({"winner": None, "gate": 0.6, "exit_code": code}, []).status == status
 
 
 def test_scorecard_is_the_table_of_the_notes(stage2_rows: Rows) -> None:

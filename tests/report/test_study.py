@@ -7,12 +7,12 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 
-from nkat_ray.report import tables
+from nkat_ray.files import STUDY_FILE
 from nkat_ray.report.study import load_study, study_importances
 
 
 def test_importances_and_slices_are_optunas_own(make_run: Callable[..., Any]) -> None:
-    study = load_study(make_run(repeat=4, journal=True).folder / tables.JOURNAL_FILE)
+    study = load_study(make_run(repeat=4, journal=True).folder / STUDY_FILE)
     values, complete, points = study_importances(study)
     assert values == optuna.importance.get_param_importances(study)
     assert sum(values.values()) == pytest.approx(1)

@@ -30,7 +30,7 @@ def log_run(run: Any, folder: Path, space: str = "round2") -> None:
             for result in (point for point in run.curves if point["trial"] == row["trial"]):
                 log.on_result(row["trial"], result)
             log.on_trial_end(row["trial"], row)
-        log.stage2(run.summary, run.trials, run.stage2, run.curves)
+        log.stage2(run.summary, run.stage2, run.curves)
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -143,7 +143,7 @@ def test_stage2_run_holds_the_table_and_the_comparison(make_run: Callable[..., A
     run = make_run()
     log_run(run, tmp_path)
     with TensorBoardLog(tmp_path) as log:  # a finished run that is reported again
-        log.stage2(run.summary, run.trials, run.stage2, run.curves)
+        log.stage2(run.summary, run.stage2, run.curves)
     events = EventAccumulator(str(tmp_path / "stage2")).Reload()
     (text,) = events.Tensors("scores")
     assert text.tensor_proto.string_val[0].decode() == markdown_table(run.stage2, 0)
@@ -174,7 +174,7 @@ def test_pictures_are_written_anew_each_time(make_run: Callable[..., Any], tmp_p
     with TensorBoardLog(tmp_path) as log:
         for name, rgb in colour.items():
             log.samples({"augmented_batch": Image.new("RGB", (8, 4), rgb)})
-            log.stage2(run.summary, run.trials, run.stage2, run.curves, {f"attention/{name}": Image.new("RGB", (2, 2))})
+            log.stage2(run.summary, run.stage2, run.curves, {f"attention/{name}": Image.new("RGB", (2, 2))})
     (event,) = EventAccumulator(str(tmp_path / "samples")).Reload().Images("augmented_batch")
     assert (event.width, event.height) == (8, 4)
     with Image.open(io.BytesIO(event.encoded_image_string)) as shown:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nkat_ray.files import TENSORBOARD_FOLDER, TRIALS_FILE
 from nkat_ray.report import tables
 from nkat_ray.report.tensorboard import TensorBoardLog
 
@@ -57,7 +58,7 @@ def answers(url: str) -> bool:
 @pytest.fixture
 def logdir(shown_run: Path, make_run: Callable[..., Any], tmp_path: Path) -> Path:
     """Event files of the shown run; those of the fake one are written here."""
-    folder = shown_run / tables.TENSORBOARD_FOLDER
+    folder = shown_run / TENSORBOARD_FOLDER
     if not folder.exists():
         run = make_run()
         with TensorBoardLog(folder) as log:
@@ -65,7 +66,7 @@ def logdir(shown_run: Path, make_run: Callable[..., Any], tmp_path: Path) -> Pat
                 for result in (point for point in run.curves if point["trial"] == row["trial"]):
                     log.on_result(row["trial"], result)
                 log.on_trial_end(row["trial"], row)
-            log.stage2(run.summary, run.trials, run.stage2, run.curves)
+            log.stage2(run.summary, run.stage2, run.curves)
     return folder
 
 
@@ -75,7 +76,7 @@ def texts(browser: Any) -> str:
 
 
 def test_hparams_lists_every_trial(logdir: Path, shown_run: Path, browser: Any, screenshots: Path) -> None:
-    trials = tables.read_trials(shown_run / tables.TRIALS_FILE)
+    trials = tables.read_trials(shown_run / TRIALS_FILE)
     with tensorboard(logdir) as url:
         browser.open(f"{url}#hparams", width=1400, height=600)
         browser.until(f"{DEEP}.some(e => !e.children.length && e.textContent.includes('trial {trials[-1]['trial']}'))")

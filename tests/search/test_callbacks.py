@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from nkat_ray.files import JOURNAL_FILE
 from nkat_ray.search import callbacks
 from nkat_ray.search.callbacks import ROW_KEYS, JournalCallback, Listeners, one_line, remove_checkpoints
-from nkat_ray.search.journal import JOURNAL_FILE, Journal, TrialRecord
+from nkat_ray.search.journal import Journal, TrialRecord
 
 NAN = math.nan
 

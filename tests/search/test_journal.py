@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from nkat_ray.files import JOURNAL_FILE
 from nkat_ray.search import journal as journal_module
-from nkat_ray.search.journal import JOURNAL_FILE, Journal, RunState, TrialRecord, read_state
+from nkat_ray.search.journal import Journal, RunState, TrialRecord, read_state
 
 
 class Clock:
@@ -87,7 +88,7 @@ def test_every_event_is_told(tmp_path: Path) -> None:
     assert (record.params, record.seed, record.study_number) == ({"depth": 5, "top_p": 0.8}, 100, 0)
     assert (sorted(record.curve), record.checkpoints) == ([1, 2], ["/c/0"])
     assert not state.trials[1].ended
-    assert (state.slot_changes[-1][1], state.stage1_done, state.ranked, state.notices) == (2, True, True, ["once"])
+    assert (state.slot_changes[-1][1], state.stage1_done, state.order, state.notices) == (2, True, [0], ["once"])
     assert state.stage2[0, "mnist"]["val_tpe"] == 0.5
     assert state.tested[0, "mnist"]["test_accuracy"] == 0.9
 

@@ -27,24 +27,18 @@ TRAINING = "ray::ImplicitFunc"  # how Ray titles a process that trains
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[Any]:
+def store(ray_settings: None) -> Iterator[Any]:
     """A Ray instance with room for the images once, not twice; yields the module."""
-    from nkat_ray.search import SETTINGS
+    import ray
 
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in SETTINGS.items():
-            patch.setenv(key, value)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        import ray
-
-        ray.init(
-            address="local", num_cpus=TRIALS, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-            object_store_memory=STORE_BYTES,
-        )  # fmt: skip
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
+    ray.init(
+        address="local", num_cpus=TRIALS, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        object_store_memory=STORE_BYTES,
+    )  # fmt: skip
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 class Gauge:

@@ -13,8 +13,9 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from nkat_ray.config import SPACES, Choice, Domain, Span
+from nkat_ray.files import STUDY_FILE
 from nkat_ray.search.journal import Journal, TrialRecord, WarmTrial
-from nkat_ray.search.searcher import GATE_CONSTRAINT, STUDY_FILE, STUDY_NAME, GatedOptunaSearch, trial_seed
+from nkat_ray.search.searcher import GATE_CONSTRAINT, STUDY_NAME, GatedOptunaSearch, trial_seed
 
 ROUND2 = SPACES["round2"]
 POINTS = (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nkat_ray.files import CONFIG_FILE
 from nkat_ray.search import storage as storage_module
 from nkat_ray.search.storage import (
-    CONFIG_FILE,
     LOCK_FILE,
     RunHeld,
     RunStorage,

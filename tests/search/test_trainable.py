@@ -1,6 +1,6 @@
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +10,13 @@ import torch
 from ray import tune
 
 from nkat_ray.config import TrialConfig
+from nkat_ray.files import WEIGHTS_FILE
 from nkat_ray.metrics import lambda_notes
 from nkat_ray.model.capture import nkat_scalars
 from nkat_ray.search import trainable
 from nkat_ray.search.callbacks import ROW_KEYS
-from nkat_ray.search.trainable import device_for, gpu_memory_warning, memory_for_trial, train_trial
-from nkat_ray.train.checkpoint import STATE_FILE, WEIGHTS_FILE, Weights, load_state
+from nkat_ray.search.trainable import gpu_memory_warning, memory_for_trial, train_trial
+from nkat_ray.train.checkpoint import STATE_FILE, Weights, load_state
 from nkat_ray.train.loop import Trainer
 
 TIMES = ("epoch_s", "started_s", "images_per_s", "pid")  # of a row: everything else is the same in a repeated training
@@ -325,40 +326,6 @@ def test_fewer_checkpoints_keep_the_last_epoch_and_every_survivors_better_weight
 
 
 # --- its share of the machine -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize(("gpus", "cpus", "expected"), [(0.0, 2, 2), (0.5, 1, 1), (0.0, 0, 1)])
-def test_without_cuda_the_device_is_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, gpus: float, cpus: int, expected: int
-) -> None:
-    """Ray may count GPUs that are not there."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_for(gpus, cpus) == torch.device("cpu")
-    assert torch.get_num_threads() == expected
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize(("gpus", "fraction"), [(0.25, 0.25), (1.0, 1.0), (2.0, 1.0)])
-def test_a_share_of_a_gpu_limits_its_memory(monkeypatch: pytest.MonkeyPatch, gpus: float, fraction: float) -> None:
-    limits: list[float] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
-    assert device_for(gpus, 1) == torch.device("cuda")
-    assert limits == [fraction]
-
-
-@pytest.mark.usefixtures("threads")
-def test_a_cpu_trial_beside_gpus_stays_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert device_for(0.0, 1) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ import json
 import math
 import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,18 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from nkat_ray.config import RunConfig
+from nkat_ray.files import JOURNAL_FILE, STUDY_FILE, WEIGHTS_FILE
 from nkat_ray.metrics import ATTENTION_ENTROPY, NKAT_PREFIX
 from nkat_ray.search import schedulers, tuner
 from nkat_ray.search.callbacks import ROW_KEYS, Listeners
-from nkat_ray.search.journal import JOURNAL_FILE, Journal, RunState, TrialRecord, read_state
+from nkat_ray.search.journal import Journal, RunState, TrialRecord, read_state
 from nkat_ray.search.projection import MIN_FINISHED
 from nkat_ray.search.resources import Cluster
 from nkat_ray.search.scheduler import ResumableASHA
-from nkat_ray.search.searcher import STUDY_FILE, STUDY_NAME, trial_seed
+from nkat_ray.search.searcher import STUDY_NAME, trial_seed
 from nkat_ray.search.space import baseline_point, domains, round1_point
-from nkat_ray.search.vault import open_vault, withdraw
-from nkat_ray.train.checkpoint import WEIGHTS_FILE, Weights, load_state
+from nkat_ray.search.vault import withdraw
+from nkat_ray.train.checkpoint import Weights, load_state
 
 COMPLETE, PRUNED, FAIL = (getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "FAIL"))
 
@@ -76,13 +76,6 @@ class Whole:
     stage: Stage1
     state: RunState
     told: list[tuple[str, int]]
-
-
-@pytest.fixture(scope="module")
-def vault(ray_local: Any) -> Iterator[Any]:
-    handle = open_vault(f"test-{uuid.uuid4().hex}")
-    yield handle
-    ray_local.kill(handle)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from nkat_ray.train.checkpoint import (
     first_whole_state,
     load_state,
     save_state,
-    write_atomically,
 )
 
 CONFIG = TrialConfig(embed_dim=16, num_heads=2, depth=1, top_k=None, randaugment=(1, 5), color_norm="residual")
@@ -210,24 +209,6 @@ def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_file_is_written_whole(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "file", b"new")
-    write_atomically(tmp_path / "file", b"newer")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"newer"}
-
-
-@pytest.mark.parametrize("function", ["replace", "fsync", "fdopen"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
-) -> None:
-    write_atomically(tmp_path / "file", b"old")
-    monkeypatch.setattr(checkpoint_module.os, function, full_disk)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(tmp_path / "file", b"new")
-    monkeypatch.undo()
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
-
-
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_a_state_whose_writing_fails_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
@@ -243,7 +224,7 @@ def test_a_state_whose_writing_fails_leaves_the_old_one(
             full_disk()
         replace(*arguments)
 
-    monkeypatch.setattr(checkpoint_module.os, "replace", fail_once)
+    monkeypatch.setattr(os, "replace", fail_once)
     try:
         save_state(tmp_path, {"number": 2})
     except OSError:
