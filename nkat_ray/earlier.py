@@ -5,6 +5,7 @@ neither torch nor Ray is loaded.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,13 @@ def read_earlier(run: RunConfig, space: Mapping[str, Domain]) -> Earlier:
     rows = {row["trial"]: row for row in tables.read_trials(folder / TRIALS_FILE)}
     told = [trial for trial in _told(folder / STUDY_FILE) if trial in rows]
     fitting = [trial for trial in told if _fits(rows[trial], space)]
-    curves, stage2 = tables.read_curves(folder / CURVES_FILE), _stage2(folder)
+    curves: defaultdict[int, list[tables.Row]] = defaultdict(list)
+    for row in tables.read_curves(folder / CURVES_FILE):
+        curves[row["trial"]].append(row)
+    stage2 = _stage2(folder)
     trials = []
     for trial in fitting:
-        record = _record(rows[trial], [row for row in curves if row["trial"] == trial], space)
+        record = _record(rows[trial], curves[trial], space)
         best = record.best_row()
         score = None if best is None else best[LOCAL_TPE]
         if run.feedback == "global":

@@ -196,7 +196,7 @@ def official(rows: Rows, seeds: Sequence[int]) -> Official:
         rows: stage2 rows whose `trial` is the number of a seed.
         seeds: those numbers.
     """
-    rows, total, target = list(rows), len(STAGE2_DATASETS), GLOBAL_TARGETS["global_tpe"]
+    rows, total = list(rows), len(STAGE2_DATASETS)
     scores = [result_scores(rows, seed) for seed in seeds]
     consistency = math.fsum(s.consistency for s in scores) / len(scores)
     robustness = math.fsum(s.robustness for s in scores) / len(scores)
@@ -212,16 +212,8 @@ def official(rows: Rows, seeds: Sequence[int]) -> Official:
     fewest = min(datasets_counted(rows, seed) for seed in seeds)
     if fewest < total:
         found = Verdict("undecided", f"Undecided: with one of the seeds only {fewest} of {total} datasets count.")
-    elif low < target <= high:
-        found = Verdict("undecided", f"Undecided: {figure}, not distinct from the target {target:.2f}.")
-    elif mean < target:
-        found = Verdict("not reached", f"Not reached: {figure}, below the target {target:.2f}.")
-    elif consistency < GLOBAL_TARGETS["consistency"]:
-        needed = GLOBAL_TARGETS["consistency"]
-        missed = f"but Consistency {consistency:.3f} is below {needed:.2f}"
-        found = Verdict("not reached", f"Not reached: {figure}, {missed}.")
     else:
-        found = Verdict("reached", f"Reached: {figure}, at or above the target {target:.2f}.")
+        found = _against_targets(figure, mean, (low, high), consistency)
     return Official(mean, (low, high), consistency, robustness, found)
 
 
@@ -276,7 +268,7 @@ def verdict(
     rows = list(rows)
     if winner is None:
         return _without_winner(finished=finished, gate=gate, survivors=survivors)
-    total, target = len(STAGE2_DATASETS), GLOBAL_TARGETS["global_tpe"]
+    total = len(STAGE2_DATASETS)
     scores, interval, counted = (
         result_scores(rows, winner),
         global_interval(rows, winner),
@@ -285,18 +277,22 @@ def verdict(
     if counted < total:
         return Verdict("undecided", f"Undecided: trial {winner} counts on only {counted} of {total} datasets.")
     low, high = interval or (scores.global_tpe, scores.global_tpe)
-    figure = f"Global TPE {scores.global_tpe:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    figure = f"trial {winner} has Global TPE {scores.global_tpe:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    return _against_targets(figure, scores.global_tpe, (low, high), scores.consistency)
+
+
+def _against_targets(figure: str, global_tpe: float, interval: tuple[float, float], consistency: float) -> Verdict:
+    """What figures on all four datasets say; `figure` is how the sentence begins."""
+    target, (low, high), needed = GLOBAL_TARGETS["global_tpe"], interval, GLOBAL_TARGETS["consistency"]
     if low < target <= high:
+        return Verdict("undecided", f"Undecided: {figure}, not distinct from the target {target:.2f}.")
+    if global_tpe < target:
+        return Verdict("not reached", f"Not reached: {figure}, below the target {target:.2f}.")
+    if consistency < needed:
         return Verdict(
-            "undecided", f"Undecided: trial {winner} has {figure}, not distinct from the target {target:.2f}."
+            "not reached", f"Not reached: {figure}, but Consistency {consistency:.3f} is below {needed:.2f}."
         )
-    if scores.global_tpe < target:
-        return Verdict("not reached", f"Not reached: trial {winner} has {figure}, below the target {target:.2f}.")
-    if scores.consistency < GLOBAL_TARGETS["consistency"]:
-        needed = GLOBAL_TARGETS["consistency"]
-        missed = f"but Consistency {scores.consistency:.3f} is below {needed:.2f}"
-        return Verdict("not reached", f"Not reached: trial {winner} has {figure}, {missed}.")
-    return Verdict("reached", f"Reached: trial {winner} has {figure}, at or above the target {target:.2f}.")
+    return Verdict("reached", f"Reached: {figure}, at or above the target {target:.2f}.")
 
 
 def _without_winner(*, finished: bool, gate: float, survivors: int) -> Verdict:
