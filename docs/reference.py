@@ -31,6 +31,7 @@ from nkat_ray.config import (
     TrialConfig,
     searchable,
 )
+from nkat_ray.files import CURVES_FILE, STAGE2_FILE, TRIALS_FILE
 from nkat_ray.report import tables
 
 TARGET = Path(__file__).with_name("reference.md")
@@ -156,8 +157,8 @@ def _presets() -> str:
 
 def _tables() -> list[str]:
     schemas = {
-        tables.TRIALS_FILE: tables.TRIALS_SCHEMA, tables.CURVES_FILE: tables.CURVES_SCHEMA,
-        tables.STAGE2_FILE: tables.STAGE2_SCHEMA,
+        TRIALS_FILE: tables.TRIALS_SCHEMA, CURVES_FILE: tables.CURVES_SCHEMA,
+        STAGE2_FILE: tables.STAGE2_SCHEMA,
     }  # fmt: skip
     return [
         f"`{name}`: " + ", ".join(f"`{field.name}` ({field.type})".replace("item: ", "") for field in schema) + ".\n"

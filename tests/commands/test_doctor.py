@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from nkat_ray.commands import doctor as room
-from nkat_ray.commands.doctor import FAULT, HEALTHY, Check, DoctorConfig, check_data, check_nodes, doctor
+from nkat_ray.commands.doctor import Check, DoctorConfig, check_data, check_nodes, doctor
+from nkat_ray.exit_codes import DONE, UNHEALTHY
 from nkat_ray.search.nodes import NodeFacts
 
 HEAD = NodeFacts(
@@ -106,7 +107,7 @@ def test_the_sessions_instance_is_healthy(
 ) -> None:
     monkeypatch.setattr(room, "LEAST_STORE_BYTES", 2**20)  # the tests' own store is small
     config = DoctorConfig(storage_path=str(tmp_path / "runs"), data="synthetic", address="local")
-    assert doctor(config, console) == HEALTHY
+    assert doctor(config, console) == DONE
     assert "no fault found" in console.export_text()
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
@@ -116,7 +117,7 @@ def test_two_nodes_that_differ_end_with_exit_code_5(
 ) -> None:
     two = [HEAD, replace(WORKER, python="3.12.1", token=False)]
     monkeypatch.setattr("nkat_ray.search.nodes.node_facts", lambda storage_path: two)
-    assert doctor(DoctorConfig(data="synthetic", address="local"), console) == FAULT == 5
+    assert doctor(DoctorConfig(data="synthetic", address="local"), console) == UNHEALTHY == 5
     text = console.export_text()
     assert "2 nodes" in text
     assert "2 of 11 checks failed" in text
