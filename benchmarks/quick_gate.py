@@ -44,7 +44,7 @@ def main(args: Args) -> None:
     console.print(
         "| seed | trials | passed | best Local TPE | worst Local TPE | all, by number | stop reasons | seconds |"
     )
-    with connected(run), tempfile.TemporaryDirectory() as scratch:
+    with connected(run.address), tempfile.TemporaryDirectory() as scratch:
         for seed in args.seeds:
             print_line(seed, data, Path(scratch), console)
 

@@ -19,8 +19,8 @@ from nkat_ray.config import STAGE1_DATASET, RunConfig
 from nkat_ray.data import DataError, Dataset, Missing, Split, stratified_subset
 from nkat_ray.data.selection import Selection, select_images, training_limits
 from nkat_ray.files import WEIGHTS_FILE
-from nkat_ray.metrics import LAMBDA_MODELS, counts, lambda_theory, tpe_score, wilson_interval
-from nkat_ray.search.callbacks import NOTICES, one_line
+from nkat_ray.metrics import LAMBDA_MODELS, NOTICES, counts, lambda_theory, tpe_score, wilson_interval
+from nkat_ray.search.callbacks import one_line
 from nkat_ray.search.resources import Share
 from nkat_ray.search.vault import release, withdraw
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-# The keys under which a trial reports. Nothing else in the package spells them.
+# The keys under which a trial reports to Tune. Columns of the tables that hold the same have the same names.
 EPOCH: Final = "epoch"
 TRAIN_LOSS: Final = "train_loss"
 VAL_ACCURACY: Final = "val_accuracy"
@@ -18,7 +18,10 @@ ATTENTION_ENTROPY: Final = "attention/entropy/block_"  # and the block's number:
 NKAT_SCALARS: Final = ("alpha", "beta", "attention_gain", "mlp_gain")  # learned, one of each a block
 NKAT_PREFIX: Final = "nkat/"  # before a scalar's name and its block: nkat/alpha/block_0
 LAMBDA_THEORY: Final = "lambda_theory"
+BEST_LOCAL_TPE: Final = "best_local_tpe"  # carried by the trial, in its checkpoint: a restarted driver's gate knows it
 STOP_REASON: Final = "stop_reason"
+STOP_DETAIL: Final = "stop_detail"  # one line on why
+NOTICES: Final = "notices"  # what the training said since its last report
 
 LAMBDA_MODELS: Final = ("notes", "counted", "millions")
 STAGE2_DATASETS: Final = ("mnist", "fashion_mnist", "emnist_letters", "cifar10")

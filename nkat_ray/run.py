@@ -164,7 +164,7 @@ def _stages(run: _Run) -> int:
     config = run.config
     with contextlib.ExitStack() as stack:
         try:
-            where = stack.enter_context(connected(config))
+            where = stack.enter_context(connected(config.address, verbose=config.verbose))
             stack.enter_context(_terminated_like_interrupted())  # after ray.init, which sets a handler of its own
             if run.storage.remote is None and (blind := nodes_without(run.storage.local / CONFIG_FILE)):
                 raise UsageError(

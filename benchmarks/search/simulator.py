@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from nkat_ray.config import Choice, Domain
-from nkat_ray.metrics import EPOCH, LOCAL_TPE, STOP_REASON, VAL_ACCURACY
-from nkat_ray.search.gate import STOP_DETAIL, LocalTPEGate
+from nkat_ray.metrics import EPOCH, LOCAL_TPE, STOP_DETAIL, STOP_REASON, VAL_ACCURACY
+from nkat_ray.search.gate import LocalTPEGate
 from nkat_ray.search.journal import Journal
 from nkat_ray.search.projection import GateProjection, student_t
 from nkat_ray.search.scheduler import ResumableASHA

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nkat_ray.config import STAGE1_DATASET, DataConfig, RunConfig, default_storage_path
+from nkat_ray.config import STAGE1_DATASET, DataConfig, default_storage_path
 from nkat_ray.data import DataError
 from nkat_ray.data.catalogue import dataset_table
 from nkat_ray.exit_codes import DONE, UNHEALTHY
@@ -54,7 +54,7 @@ def doctor(config: DoctorConfig, console: Console) -> int:
     from nkat_ray.search.cluster import choose_address, connected
     from nkat_ray.search.nodes import node_facts
 
-    with connected(RunConfig.from_preset("quick", address=config.address)) as where:
+    with connected(config.address) as where:
         facts = node_facts(config.storage_path)
     cluster = choose_address(config.address)[0] != "local" or len(facts) > 1
     checks = [*check_nodes(facts, config.storage_path, cluster=cluster), check_data(config)]

@@ -125,7 +125,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
         name=config.target.name, preset=run.preset, gate=run.gate, data=data_phrase(datasets), epochs=run.epochs,
         console=screen, quiet=screen.quiet,
     )  # fmt: skip
-    with connected(run):
+    with connected(run.address, verbose=run.verbose):
         cluster = describe_cluster()
         survivors = [survivor_of(record, run, cluster) for record in records] or [
             model_survivor(config.target, run, trial_share(run.trial, run, cluster))

@@ -145,7 +145,7 @@ def _evaluated(
         name=f"{config.target.name}, official", preset=run.preset, gate=run.gate, data=data_phrase(datasets),
         epochs=run.epochs, console=screen, quiet=screen.quiet,
     )  # fmt: skip
-    with connected(run), progress:
+    with connected(run.address, verbose=run.verbose), progress:
         share = trial_share(run.trial, run, describe_cluster())
         refuse_infeasible([share])
         if missing:

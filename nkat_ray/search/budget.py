@@ -6,8 +6,7 @@ from typing import Any
 
 from ray.tune import Stopper
 
-from nkat_ray.metrics import EPOCH, LOCAL_TPE, STOP_REASON
-from nkat_ray.search.gate import BEST_LOCAL_TPE, STOP_DETAIL
+from nkat_ray.metrics import BEST_LOCAL_TPE, EPOCH, LOCAL_TPE, STOP_DETAIL, STOP_REASON
 
 
 class SurvivorBudget(Stopper):

@@ -18,11 +18,12 @@ from nkat_ray.metrics import (
     LAMBDA_THEORY,
     LOCAL_TPE,
     NKAT_PREFIX,
+    NOTICES,
+    STOP_DETAIL,
     STOP_REASON,
     TRAIN_LOSS,
     VAL_ACCURACY,
 )
-from nkat_ray.search.gate import STOP_DETAIL
 from nkat_ray.search.journal import Journal, TrialRecord
 from nkat_ray.search.schedulers import VERDICTS
 
@@ -30,8 +31,6 @@ ROW_KEYS = (
     EPOCH, TRAIN_LOSS, VAL_ACCURACY, LOCAL_TPE, "lr", "images_per_s", "epoch_s", "started_s", LAMBDA_THEORY,
     "node", "gpus", "cpus", "parameters", "nkat_parameters",
 )  # fmt: skip
-
-NOTICES = "notices"  # what the trial's training said since its last report
 
 
 def _nothing(*_: Any) -> None:

@@ -14,7 +14,6 @@ import yaml
 from ray.exceptions import AuthenticationError, NodeDiedError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nkat_ray.config import RunConfig
 from nkat_ray.search.resources import Cluster, Share, cluster_of, refuse_oversized
 
 HEAD_MARKER = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves its configuration on the head under this name
@@ -32,7 +31,7 @@ def choose_address(address: str | None) -> tuple[str, str]:
 
     Raises:
         ValueError: a Ray Client address: searcher and journal live in the driver, and the driver must be on the
-        cluster.
+            cluster.
     """
     for given in (address, os.environ.get("RAY_ADDRESS")):
         if (given or "").startswith("ray://"):
@@ -50,25 +49,29 @@ def choose_address(address: str | None) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def connected(run: RunConfig) -> Iterator[str]:
+def connected(address: str | None, *, verbose: bool = False) -> Iterator[str]:
     """Connect to Ray, or start it, for the time of a run; yields the phrase for people.
 
     An instance that this process is already connected to is used and left running.
 
+    Args:
+        address: as the user typed it; None chooses (`choose_address`).
+        verbose: let Ray's own output through.
+
     Raises:
         ConnectionError: there is no cluster at the address, or it does not take this process in.
     """
-    address, phrase = choose_address(run.address)
+    address, phrase = choose_address(address)
     if ray.is_initialized():
         yield "the Ray instance of this process"
         return
-    if not run.verbose:
+    if not verbose:
         for name in ("ray", "ray.tune", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
     _refuse_silence(address)
     for tries_left in reversed(range(LOCAL_STARTS if address == "local" else 1)):
         try:
-            _init(address, verbose=run.verbose)
+            _init(address, verbose=verbose)
             break
         except (AuthenticationError, ConnectionError) as error:
             raise _refused(address, error) from error

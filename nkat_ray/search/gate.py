@@ -7,11 +7,8 @@ from typing import Any, TypeGuard
 
 from ray.tune import Stopper
 
-from nkat_ray.metrics import EPOCH, LOCAL_TPE, STOP_REASON, VAL_ACCURACY
+from nkat_ray.metrics import BEST_LOCAL_TPE, EPOCH, LOCAL_TPE, STOP_DETAIL, STOP_REASON, VAL_ACCURACY
 from nkat_ray.search.projection import GateProjection
-
-BEST_LOCAL_TPE = "best_local_tpe"  # carried by the trial itself, in its checkpoint: a restarted driver's gate knows it
-STOP_DETAIL = "stop_detail"
 
 
 class LocalTPEGate(Stopper):

@@ -16,10 +16,8 @@ from ray.actor import ActorHandle
 from nkat_ray.config import RunConfig, TrialConfig
 from nkat_ray.data.selection import Selection
 from nkat_ray.files import WEIGHTS_FILE, write_atomically
-from nkat_ray.metrics import LAMBDA_THEORY, LOCAL_TPE, lambda_theory, tpe_score
+from nkat_ray.metrics import BEST_LOCAL_TPE, LAMBDA_THEORY, LOCAL_TPE, NOTICES, lambda_theory, tpe_score
 from nkat_ray.model import count_nkat_parameters, count_parameters, create_nkat_vit
-from nkat_ray.search.callbacks import NOTICES
-from nkat_ray.search.gate import BEST_LOCAL_TPE
 from nkat_ray.search.resources import CPU_MEMORY_FRACTION, GPU_OVERHEAD_BYTES, cpu_micro_batch, peak_bytes
 from nkat_ray.search.space import trial_config
 from nkat_ray.search.vault import deposit

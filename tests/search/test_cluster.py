@@ -1,5 +1,5 @@
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +79,21 @@ def listening() -> Iterator[str]:
     [(ConnectionError(REFUSED), REFUSED), (AuthenticationError(TOKENLESS), "no authentication token was found)")],
 )
 def test_a_cluster_that_asks_for_a_token_is_named_with_what_to_do(
-    error: Exception, reason: str, listening: str, tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    error: Exception, reason: str, listening: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse(monkeypatch, error)
-    with pytest.raises(ConnectionError) as caught, connected(tiny_run(address=listening)):
+    with pytest.raises(ConnectionError) as caught, connected(listening):
         pass
     for part in (listening, reason, "RAY_AUTH_MODE must be token", "~/.ray/auth_token"):
         assert part in str(caught.value)
     assert "Ensure" not in str(caught.value)
 
 
-def test_where_there_is_no_cluster_nothing_is_said_of_tokens(
-    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_there_is_no_cluster_nothing_is_said_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, ConnectionError("Could not find any running Ray instance."))
     with (
         pytest.raises(ConnectionError, match=r"^Could not find any running Ray instance\.$"),
-        connected(tiny_run(address="auto")),
+        connected("auto"),
     ):
         pass
 

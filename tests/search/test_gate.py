@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nkat_ray.metrics import tpe_score
-from nkat_ray.search.gate import BEST_LOCAL_TPE, STOP_DETAIL, LocalTPEGate
+from nkat_ray.metrics import BEST_LOCAL_TPE, STOP_DETAIL, tpe_score
+from nkat_ray.search.gate import LocalTPEGate
 from nkat_ray.search.projection import MIN_FINISHED, GateProjection
 
 NAN, INF = math.nan, math.inf
