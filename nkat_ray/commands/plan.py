@@ -11,7 +11,8 @@ from rich.table import Table
 from nkat_ray.config import Choice, Domain, RunConfig
 from nkat_ray.earlier import read_earlier
 from nkat_ray.exit_codes import DONE
-from nkat_ray.report.terminal import Screen, duration
+from nkat_ray.report.results import duration
+from nkat_ray.report.terminal import Screen
 from nkat_ray.search.resources import Cluster, cluster_of, epoch_flops, peak_bytes, slots, trial_share
 from nkat_ray.search.space import baseline_point, corner_configs, domains, refuse_impossible, round1_point
 

@@ -7,8 +7,8 @@ from typing import Any, Final
 from nkat_ray.metrics import STAGE2_DATASETS
 from nkat_ray.report import charts, results, tables
 from nkat_ray.report.page import Page, cell, escaped, table
+from nkat_ray.report.results import duration, number
 from nkat_ray.report.run_folder import Run, load_run
-from nkat_ray.report.terminal import duration, number
 
 VERDICT_CLASS: Final = {"reached": "good", "not reached": "bad", "undecided": "open"}
 

@@ -17,9 +17,9 @@ from nkat_ray.files import REPORT_FILE, STUDY_FILE
 from nkat_ray.metrics import LAMBDA_MODELS, STAGE2_DATASETS
 from nkat_ray.report import charts, results, tables
 from nkat_ray.report.page import Page, cell, escaped, table
+from nkat_ray.report.results import duration, number
 from nkat_ray.report.run_folder import Run, load_run
 from nkat_ray.report.study import load_study, study_importances
-from nkat_ray.report.terminal import duration, number
 
 SLICES_SHOWN: Final = 8  # the most important parameters
 FUNNEL: Final = (  # what is left, and the stop reasons that end a trial there
@@ -110,9 +110,8 @@ def _scores(run: Run) -> str:
     )
     models = ""
     if run.winner is not None:
-        values = results.global_tpe_by_model(run.stage2, run.winner)
-        shown = ", ".join(f"{model} {number(value)}" for model, value in values.items())
-        models = f"<p>Global TPE by lambda model: {shown} (chosen: {escaped(run.summary.get('lambda_model'))}).</p>"
+        sentence = results.model_sentence(run.stage2, run.winner, run.summary.get("lambda_model"))
+        models = f"<p>{escaped(sentence)}.</p>"
     scores = table(["metric", "before", "now", "target", "gap"], rows, numeric=(1, 2, 3, 4), minor=(1,))
     return scores + models + explained
 

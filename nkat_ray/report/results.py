@@ -382,3 +382,22 @@ def _present(row: Mapping[str, Any], key: str) -> bool:
 
 def _above_chance(row: Mapping[str, Any], key: str) -> bool:
     return _present(row, key) and counts(row[key], row["classes"])
+
+
+def model_sentence(rows: Rows, winner: int, chosen: object) -> str:
+    """Global TPE of the winner under each lambda model."""
+    shown = ", ".join(f"{model} {number(value)}" for model, value in global_tpe_by_model(rows, winner).items())
+    return f"Global TPE by lambda model: {shown} (chosen: {chosen})"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with fixed digits, or - where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    whole = max(0, round(seconds))
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -25,6 +25,7 @@ from rich.text import Text
 from nkat_ray.files import BEST_FOLDER, REPORT_FILE, TENSORBOARD_FOLDER, TRIALS_FILE
 from nkat_ray.metrics import EPOCH, LAMBDA_MODELS, LOCAL_TPE, STAGE2_DATASETS, VAL_ACCURACY
 from nkat_ray.report import results, tables
+from nkat_ray.report.results import duration, number
 
 WIDTH: Final = 80
 RUNNING_SHOWN: Final = 12  # running trials listed; the rest is a count
@@ -94,7 +95,11 @@ def final_report(
         _print(console, _miss_lines(summary, trials))
     else:
         _print(console, _score_table(stage2, winner), _dataset_table(stage2, winner))
-        _print(console, *_fault_lines(stage2, winner), _model_line(stage2, winner, summary))
+        _print(
+            console,
+            *_fault_lines(stage2, winner),
+            Text(results.model_sentence(stage2, winner, summary["lambda_model"])),
+        )
     _print(console, _counts_line(trials, summary))
     verdict = results.verdict_of(summary, stage2)
     _print(console, Text(verdict.sentence, style=VERDICT_STYLE[verdict.status]))
@@ -170,12 +175,6 @@ def _fault_lines(stage2: Sequence[Mapping[str, Any]], winner: int) -> list[Text]
     ]
 
 
-def _model_line(stage2: Sequence[Mapping[str, Any]], winner: int, summary: Mapping[str, Any]) -> Text:
-    values = results.global_tpe_by_model(stage2, winner)
-    shown = ", ".join(f"{model} {number(value)}" for model, value in values.items())
-    return Text(f"Global TPE by lambda model: {shown} (chosen: {summary['lambda_model']})")
-
-
 def _counts_line(trials: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Text:
     counts = ", ".join(f"{reason} {n}" for reason, n in results.stop_counts(trials).items()) or "none ended"
     return Text(
@@ -209,19 +208,6 @@ def _paths(folder: Path) -> dict[str, str]:
     paths = {name: str(folder / file) for name, file in files.items() if (folder / file).exists()}
     events = folder / TENSORBOARD_FOLDER
     return paths | ({"TensorBoard": f"tensorboard --logdir {shlex.quote(str(events))}"} if events.exists() else {})
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure with fixed digits, or - where there is none."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    whole = max(0, round(seconds))
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _short(value: float | None) -> str:
@@ -453,7 +439,13 @@ class Progress:
         for trial, running in list(self._running.items())[:RUNNING_SHOWN]:
             passed = "passed the gate" if trial in self._survivors else ""
             epoch = f"{running.epoch}/{running.epochs}"
-            table.add_row(str(trial), epoch, number(running.accuracy), number(running.tpe), Text(passed, style="green"))
+            table.add_row(
+                str(trial),
+                epoch,
+                number(running.accuracy),
+                number(running.tpe),
+                Text(passed, style="green"),
+            )
         if len(self._running) > RUNNING_SHOWN:
             table.add_row(f"+{len(self._running) - RUNNING_SHOWN}", "more", "", "", "")
         return table

@@ -44,7 +44,7 @@ class GateProjection:
     Args:
         max_epochs: the last epoch, >= 1.
         earlier: curves that an earlier driver saw, finished or not: a key and the finite scores by epoch (from 1). A
-        trial that is continued goes on under its key.
+            trial that is continued goes on under its key.
 
     Raises:
         ValueError: max_epochs is out of range.

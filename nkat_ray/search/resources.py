@@ -29,9 +29,7 @@ class Cluster:
     nodes: int
     memory_bytes: int  # of the smallest node
     gpu_bytes: int  # of one GPU; ASSUMED_GPU_BYTES where none could be asked
-    cpus_a_gpu: float | None = (
-        None  # on the GPU node that has the fewest, since a share must fit on each; None: on average
-    )
+    cpus_a_gpu: float | None = None  # of the GPU node with the fewest: a share must fit on each; None: on average
 
 
 @dataclass(frozen=True, kw_only=True)

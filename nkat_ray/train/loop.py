@@ -47,8 +47,7 @@ class ImageSet:
 
     Args:
         images: uint8 (N, C, H, W), C 1 or 3, H and W at most 32. On a CPU it is shared, never copied: several trials
-        on a
-            node may hold the same (read-only) array.
+            on a node may hold the same (read-only) array.
         labels: int64 (N,).
         index: which of them, int64 (n,); None for all.
     """

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nkat_ray.report.terminal import Progress, Screen, duration, final_report, result_lines
+from nkat_ray.report.results import duration
+from nkat_ray.report.terminal import Progress, Screen, final_report, result_lines
 
 
 def printed(run: Any, width: int = 80) -> str:
