@@ -21,19 +21,14 @@ from nkat_ray.data import Dataset, Missing
 from nkat_ray.data.selection import select_images, training_limits
 from nkat_ray.earlier import read_earlier
 from nkat_ray.exit_codes import DONE, FAULT, INTERRUPTED, NO_SURVIVOR, RESUMABLE
-from nkat_ray.files import (
-    BEST_FOLDER,
-    CONFIG_FILE,
-    SUMMARY_FILE,
-    TENSORBOARD_FOLDER,
-    WEIGHTS_FILE,
-)
+from nkat_ray.files import BEST_FOLDER, CONFIG_FILE, SUMMARY_FILE, TENSORBOARD_FOLDER, WEIGHTS_FILE
 from nkat_ray.outputs import data_phrase, print_report, stage2_rows, summarise, write_tables
 from nkat_ray.prepare import Datasets, UsageError, describe_data, open_datasets, refuse_other_data, write_config
 from nkat_ray.report import results, tables
 from nkat_ray.report.html import write_report
+from nkat_ray.report.progress import Progress
 from nkat_ray.report.tensorboard import TensorBoardLog
-from nkat_ray.report.terminal import Progress, Screen
+from nkat_ray.report.terminal import Screen
 from nkat_ray.search.journal import Journal, TrialRecord, WarmTrial, read_state
 from nkat_ray.search.rows import curve_rows, trial_row
 from nkat_ray.search.space import corner_configs, domains, refuse_impossible, round1_point

@@ -12,7 +12,7 @@ from nkat_ray.config import STAGE1_DATASET, RunConfig
 from nkat_ray.files import BEST_FOLDER, STAGE2_FOLDER, WEIGHTS_FILE, write_atomically
 from nkat_ray.prepare import Datasets
 from nkat_ray.report import results
-from nkat_ray.report.terminal import Progress
+from nkat_ray.report.progress import Progress
 from nkat_ray.search.journal import Journal, RunState, TrialRecord
 
 

@@ -28,7 +28,8 @@ from nkat_ray.metrics import STAGE2_DATASETS
 from nkat_ray.outputs import data_phrase
 from nkat_ray.prepare import Datasets, config_of_json, describe_data, open_datasets, refuse_other_data
 from nkat_ray.report import results, tables
-from nkat_ray.report.terminal import Progress, Screen, final_report, result_lines
+from nkat_ray.report.progress import Progress
+from nkat_ray.report.terminal import Screen, final_report, result_lines
 from nkat_ray.search.journal import Journal, TrialRecord, read_state
 from nkat_ray.search.resources import trial_share
 from nkat_ray.stage2 import evaluate_survivors, model_survivor, survivor_of

@@ -24,8 +24,9 @@ from nkat_ray.metrics import STAGE2_DATASETS, Stage2Scores
 from nkat_ray.outputs import data_phrase
 from nkat_ray.prepare import Datasets, describe_data, open_datasets
 from nkat_ray.report import results, tables
+from nkat_ray.report.progress import Progress
 from nkat_ray.report.results import number
-from nkat_ray.report.terminal import VERDICT_STYLE, Progress, Screen
+from nkat_ray.report.terminal import VERDICT_STYLE, Screen
 from nkat_ray.search.journal import Journal
 from nkat_ray.search.searcher import trial_seed
 from nkat_ray.stage2 import evaluate_survivors, model_survivor

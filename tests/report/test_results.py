@@ -236,3 +236,11 @@ def test_a_seed_that_lost_a_dataset_leaves_the_official_verdict_open(stage2_rows
     assert found.verdict.status == "undecided"
     assert "only 3 of 4" in found.verdict.sentence
     assert found.robustness == pytest.approx(0.875)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61, "1:01"), (3600, "1:00:00"), (-1, "0:00")])
+def test_duration(seconds: float, text: str) -> None:
+    assert results.duration(seconds) == text
+
+
+# --- --quiet and --json -----------------------------------------------------------------------------------------------
