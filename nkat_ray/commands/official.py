@@ -169,7 +169,7 @@ def _table(rows: Sequence[Mapping[str, Any]], scores: Mapping[int, Stage2Scores]
     table = Table(title="The winner's design, trained anew: test figures", title_justify="left", box=None)
     table.add_column("seed")
     for name in (*(results.DATASET_NAMES[name] for name in STAGE2_DATASETS), "Global TPE", "Consist.", "Robust."):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")  # 80 columns
     accuracies = {
         name: [results.of_trial(rows, number).get(name, {}).get("test_accuracy") for number in scores]
         for name in STAGE2_DATASETS
