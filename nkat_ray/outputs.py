@@ -12,7 +12,7 @@ from nkat_ray.config import RunConfig
 from nkat_ray.data import Dataset, Missing
 from nkat_ray.exit_codes import DONE
 from nkat_ray.files import CURVES_FILE, STAGE2_FILE, SUMMARY_FILE, TRIALS_FILE
-from nkat_ray.metrics import GLOBAL_TARGETS
+from nkat_ray.metrics import GLOBAL_TARGETS, NOTES_GATE
 from nkat_ray.report import results, tables
 from nkat_ray.report.terminal import Screen, final_report, result_lines
 from nkat_ray.search.journal import RunState
@@ -27,7 +27,7 @@ def write_tables(folder: Path, config: RunConfig, state: RunState) -> None:
         "run": config.name,
         "preset": config.preset,
         "gate": config.gate,
-        "notes_gate": results.NOTES_GATE,
+        "notes_gate": NOTES_GATE,
         "seed": config.seed,
     }
     tables.write_trials(folder / TRIALS_FILE, trial_rows(state, config), metadata=about)
@@ -49,7 +49,7 @@ def summarise(config: RunConfig, state: RunState, data: Mapping[str, Any], code:
         "name": config.name,
         "preset": config.preset,
         "gate": config.gate,
-        "notes_gate": results.NOTES_GATE,
+        "notes_gate": NOTES_GATE,
         "lambda_model": config.lambda_model,
         "space": config.space,
         "seed": config.seed,

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nkat_ray.config import TrainConfig, TrialConfig, field_names
+from nkat_ray.config import RunConfig, TrainConfig, TrialConfig, field_names
 from nkat_ray.data import Dataset, Missing, open_dataset
 from nkat_ray.data.selection import VALIDATION_ONE_IN, Limits, Selection, select_images
 from nkat_ray.exit_codes import DONE, FAULT, NO_GO
@@ -31,7 +31,7 @@ from nkat_ray.report.tensorboard import TensorBoardLog
 from nkat_ray.report.terminal import Screen
 from nkat_ray.search.rows import curve_row
 
-SMOKE_EPOCHS, SMOKE_ACCURACY = 10, 0.45  # docs/spec.md section 4
+SMOKE_EPOCHS, SMOKE_ACCURACY = RunConfig.smoke_epoch, RunConfig.smoke_accuracy  # docs/spec.md section 4
 CHECKPOINTS_KEPT = 2
 TRAINING_FILE = "training.json"  # the configuration, for --resume
 

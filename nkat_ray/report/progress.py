@@ -17,8 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from nkat_ray.metrics import EPOCH, LOCAL_TPE, VAL_ACCURACY
-from nkat_ray.report import results
+from nkat_ray.metrics import EPOCH, LOCAL_TPE, NOTES_GATE, VAL_ACCURACY
 from nkat_ray.report.results import duration, number
 from nkat_ray.report.terminal import WIDTH, plain_table
 
@@ -65,7 +64,7 @@ class Progress:
     ) -> None:
         self.console = console or Console(highlight=False)
         self._header = f"{name}  preset {preset}  gate {gate:.2f}" + (
-            "" if gate == results.NOTES_GATE else f" (the notes' gate is {results.NOTES_GATE:.2f})"
+            "" if gate == NOTES_GATE else f" (the notes' gate is {NOTES_GATE:.2f})"
         )
         self._data = data
         self._epochs = epochs

@@ -16,6 +16,7 @@ from nkat_ray.metrics import (
     BEFORE,
     GLOBAL_TARGETS,
     LAMBDA_MODELS,
+    NOTES_GATE,
     STAGE2_DATASETS,
     TPE_TARGETS,
     Stage2Scores,
@@ -27,7 +28,6 @@ from nkat_ray.metrics import (
 Rows = Iterable[Mapping[str, Any]]
 Status = Literal["reached", "not reached", "undecided"]
 
-NOTES_GATE: Final = 0.60  # the gate of the notes; every report says when another one was used
 METRIC_NAMES: Final = {"global_tpe": "Global TPE", "consistency": "Consistency", "robustness": "Robustness"}
 DATASET_NAMES: Final = {
     "mnist": "MNIST",

@@ -9,7 +9,8 @@ from nkat_ray.config import SPACES, Domain
 from nkat_ray.domains import domain_of_json
 from nkat_ray.exit_codes import RESUMABLE
 from nkat_ray.files import CONFIG_FILE, CURVES_FILE, STAGE2_FILE, SUMMARY_FILE, TRIALS_FILE
-from nkat_ray.report import results, tables
+from nkat_ray.metrics import NOTES_GATE
+from nkat_ray.report import tables
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Run:
     @property
     def gate(self) -> float:
         """Local TPE that a trial had to reach."""
-        return float(self.summary.get("gate", self.config.get("gate", results.NOTES_GATE)))
+        return float(self.summary.get("gate", self.config.get("gate", NOTES_GATE)))
 
     @property
     def known(self) -> dict[str, Any]:
