@@ -222,13 +222,15 @@ def _train(argv: Sequence[str]) -> int:
 def _evaluate(argv: Sequence[str]) -> int:
     """Stage 2 alone, on a run's survivors or on one model."""
     from nkat_ray.commands.evaluate import EvaluateConfig, evaluate, with_defaults_of
-    from nkat_ray.commands.official import recalculate
 
     typed = parse(EvaluateConfig, argv, prog="nkat evaluate")
     default = with_defaults_of(typed.target, official=typed.official)
     config = parse(EvaluateConfig, argv, prog="nkat evaluate", default=default)
-    command = recalculate if config.official else evaluate
-    return _on_screen(config, lambda screen: command(config, screen))
+    if config.official:
+        from nkat_ray.commands.official import recalculate
+
+        return _on_screen(config, lambda screen: recalculate(config, screen))
+    return _on_screen(config, lambda screen: evaluate(config, screen))
 
 
 def _simulate(argv: Sequence[str]) -> int:

@@ -86,6 +86,16 @@ def test_torch_and_ray_are_not_loaded_to_refuse_a_flag(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("words", [["--nosuch"], ["."], ["never-was"], ["--seeds", "0", "."]])
+def test_nor_to_refuse_an_evaluation(tmp_path, words):
+    code = (
+        "import sys; from nkat_ray.cli import COMMANDS, _guarded; "
+        "assert _guarded(lambda: COMMANDS['evaluate'](sys.argv[1:])) == 2; "
+        "sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, check=False).returncode == 0
+
+
 def write_pair(folder, name="cifar10", labels=None, n=60):
     """A small Parquet pair of a source of its own, so that no known digest applies."""
     labels = np.arange(n) % 10 if labels is None else labels

@@ -28,7 +28,6 @@ from nkat_ray.report.progress import Progress
 from nkat_ray.report.results import number
 from nkat_ray.report.terminal import VERDICT_STYLE, Screen
 from nkat_ray.search.journal import Journal
-from nkat_ray.search.searcher import trial_seed
 from nkat_ray.stage2 import evaluate_survivors, model_survivor
 
 OFFICIAL_FILE = "official.json"
@@ -43,22 +42,28 @@ def recalculate(config: EvaluateConfig, screen: Screen) -> int:
     Raises:
         ValueError: the target is no run with a winner, or its folder `official` holds another recalculation.
     """
+    from nkat_ray.search.cluster import connected, describe_cluster, refuse_infeasible
+    from nkat_ray.search.resources import trial_share
+    from nkat_ray.search.searcher import trial_seed
+
     run = official_run(config)
     out = config.out or config.target / "official"
+    _refuse_other(out, config)
     run, datasets = open_datasets(run, screen)
     datasets = refuse_other_than_the_runs(config.target, datasets)
-    _claim(out, config)
-    journal = Journal(out)
-    journal.write("run")
     seeds = {number: trial_seed(run.seed, FIRST_SEED + number) for number in range(config.seeds)}
-    try:
-        winner = _evaluated(config, run, datasets, seeds, journal, out, screen)
-    except RuntimeError as error:  # of a training; those that are finished are kept
-        text = f"error: {error}; the same command goes on from what is finished in {out}"
-        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
-        return FAULT
-    finally:
-        journal.close()
+    with connected(run.address, verbose=run.verbose):
+        share = trial_share(run.trial, run, describe_cluster())
+        refuse_infeasible([share])
+        journal = _opened(out, config)
+        try:
+            winner = _evaluated(config, run, datasets, seeds, share, journal, out, screen)
+        except RuntimeError as error:  # of a training; those that are finished are kept
+            text = f"error: {error}; the same command goes on from what is finished in {out}"
+            Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+            return FAULT
+        finally:
+            journal.close()
     rows = list(journal.state.tested.values())
     tables.write_stage2(out / STAGE2_FILE, rows)
     scores = {number: results.result_scores(rows, number) for number in seeds}
@@ -104,24 +109,30 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _claim(out: Path, config: EvaluateConfig) -> None:
-    """Take the folder for this recalculation, or find that it is already ours: `free` flags may differ then."""
-    mine = tables.plain(dataclasses.asdict(config))
+def _refuse_other(out: Path, config: EvaluateConfig) -> None:
+    """Refuse a folder that holds something else than this recalculation; `free` flags may differ when it goes on."""
     free = {"address", "data_dir", "json", "quiet", "verbose", "out", "target", "cpus_per_trial", "gpus_per_trial"}
     path = out / CONFIG_FILE
     if path.exists():
         saved = json.loads(path.read_text())
-        for name, value in mine.items():
+        for name, value in tables.plain(dataclasses.asdict(config)).items():
             if name not in free and saved.get(name) != value:
                 raise ValueError(
                     f"{name} is {value!r}; {out} holds a recalculation with {saved.get(name)!r}; continue that one, or "
                     "choose another --out"
                 )
-        return
-    if out.exists() and any(out.iterdir()):
+    elif out.exists() and any(out.iterdir()):
         raise ValueError(f"out is {str(out)!r}; it holds something else; choose another folder")
+
+
+def _opened(out: Path, config: EvaluateConfig) -> Journal:
+    """The recalculation's journal, in a folder that says what it is."""
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=2) + "\n")
+    if not (out / CONFIG_FILE).exists():
+        (out / CONFIG_FILE).write_text(json.dumps(tables.plain(dataclasses.asdict(config)), indent=2) + "\n")
+    journal = Journal(out)
+    journal.write("run")
+    return journal
 
 
 def _evaluated(
@@ -129,14 +140,13 @@ def _evaluated(
     run: RunConfig,
     datasets: Datasets,
     seeds: Mapping[int, int],
+    share: Any,
     journal: Journal,
     out: Path,
     screen: Screen,
 ) -> int:
     """Train what is missing, then Stage 2 on all seeds; the number of the seed that is best on validation."""
     from nkat_ray.retrain import retrained
-    from nkat_ray.search.cluster import connected, describe_cluster, refuse_infeasible
-    from nkat_ray.search.resources import trial_share
     from nkat_ray.search.vault import open_vault
 
     folders = {number: out / "retrained" / f"seed_{number:03d}" for number in seeds}
@@ -147,9 +157,7 @@ def _evaluated(
         name=f"{config.target.name}, official", preset=run.preset, gate=run.gate, data=data_phrase(datasets),
         epochs=run.epochs, console=screen, quiet=screen.quiet,
     )  # fmt: skip
-    with connected(run.address, verbose=run.verbose), progress:
-        share = trial_share(run.trial, run, describe_cluster())
-        refuse_infeasible([share])
+    with progress:
         if missing:
             payload = (config.target / BEST_FOLDER / WEIGHTS_FILE).read_bytes()
             images = select_images(found, training_limits(found, run))

@@ -215,7 +215,7 @@ class Progress:
             parts: list[RenderableType] = [Text(self._header, style="bold"), data]
             parts.append(self._bar_line())
             if self._running and not self._stage2_total:
-                parts.append(self._runningplain_table())
+                parts.append(self._running_table())
             parts.append(self._state_line())
         return _Narrow(Group(*parts))
 
@@ -233,7 +233,7 @@ class Progress:
         )
         return grid
 
-    def _runningplain_table(self) -> Table:
+    def _running_table(self) -> Table:
         table = plain_table("")
         table.title = None
         for name in ("trial", "epoch", "val accuracy", "Local TPE", ""):
@@ -241,13 +241,8 @@ class Progress:
         for trial, running in list(self._running.items())[:RUNNING_SHOWN]:
             passed = "passed the gate" if trial in self._survivors else ""
             epoch = f"{running.epoch}/{running.epochs}"
-            table.add_row(
-                str(trial),
-                epoch,
-                number(running.accuracy),
-                number(running.tpe),
-                Text(passed, style="green"),
-            )
+            figures = number(running.accuracy), number(running.tpe)
+            table.add_row(str(trial), epoch, *figures, Text(passed, style="green"))
         if len(self._running) > RUNNING_SHOWN:
             table.add_row(f"+{len(self._running) - RUNNING_SHOWN}", "more", "", "", "")
         return table

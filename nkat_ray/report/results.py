@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from nkat_ray.exit_codes import RESUMABLE
+from nkat_ray.exit_codes import FAULT, RESUMABLE
 from nkat_ray.metrics import (
     ACCURACY_TARGETS,
     BEFORE,
@@ -306,12 +306,13 @@ def _without_winner(*, finished: bool, gate: float, survivors: int) -> Verdict:
 def verdict_of(summary: Mapping[str, Any], rows: Rows) -> Verdict:
     """The verdict of a run from its summary and Stage 2 rows; generated images cannot reach a target."""
     winner = summary["winner"]["trial"] if summary.get("winner") else None
+    survivors = len(summary.get("survivors") or ())
     found = verdict(
         rows,
         winner,
-        finished=summary.get("exit_code") not in RESUMABLE,
+        finished=summary.get("exit_code") not in RESUMABLE or (summary["exit_code"] == FAULT and survivors > 0),
         gate=summary.get("gate", NOTES_GATE),
-        survivors=len(summary.get("survivors") or ()),
+        survivors=survivors,
     )
     if found.status == "reached" and (generated := synthetic_datasets(summary)):
         return Verdict(

@@ -244,3 +244,8 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 # --- --quiet and --json -----------------------------------------------------------------------------------------------
+
+
+def test_a_stage2_without_a_result_is_named_as_what_it_is() -> None:
+    found = results.verdict_of({"winner": None, "gate": 0.6, "exit_code": 1, "survivors": [1, 4]}, [])
+    assert (found.status, "2 passed the gate, but Stage 2 has no result" in found.sentence) == ("undecided", True)
