@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from nkat_ray.metrics import STAGE2_DATASETS
 from nkat_ray.report import charts, results, tables
-from nkat_ray.report.page import Page, cell, escaped, table
+from nkat_ray.report.page import VERDICT_CLASS, Page, cell, escaped, table
 from nkat_ray.report.results import duration, number
 from nkat_ray.report.run_folder import Run, load_run
-
-VERDICT_CLASS: Final = {"reached": "good", "not reached": "bad", "undecided": "open"}
 
 
 def compare(*run_folders: Path, out: Path) -> Path:

@@ -16,7 +16,7 @@ from nkat_ray.config import Choice, TrainConfig, TrialConfig, field_names
 from nkat_ray.files import REPORT_FILE, STUDY_FILE
 from nkat_ray.metrics import LAMBDA_MODELS, STAGE2_DATASETS
 from nkat_ray.report import charts, results, tables
-from nkat_ray.report.page import Page, cell, escaped, table
+from nkat_ray.report.page import VERDICT_CLASS, Page, cell, escaped, table
 from nkat_ray.report.results import duration, number
 from nkat_ray.report.run_folder import Run, load_run
 from nkat_ray.report.study import load_study, study_importances
@@ -28,7 +28,6 @@ FUNNEL: Final = (  # what is left, and the stop reasons that end a trial there
     ("past ASHA", ("asha",)),
 )
 STATE_CLASS: Final = {"met": "good", "missed": "bad", "open": "open"}
-VERDICT_CLASS: Final = {"reached": "reached", "not reached": "not-reached", "undecided": "undecided"}
 
 
 def write_report(run_folder: Path, out: Path | None = None) -> Path:

@@ -18,6 +18,7 @@ POLICY: Final = (
     "form-action 'none'"
 )
 FIGURE_HEIGHT_PX: Final = 440
+VERDICT_CLASS: Final = {"reached": "good", "not reached": "bad", "undecided": "open"}
 
 STYLE: Final = """
 :root { color-scheme: light dark; --paper: #ffffff; --card: #f6f7f9; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de;
@@ -41,8 +42,7 @@ h2 { font-size: 1.2rem; margin: 40px 0 8px; }
 h3 { font-size: 1rem; margin: 16px 0 4px; }
 p { margin: 6px 0; max-width: 75ch; }
 .verdict { font-size: 1.5rem; line-height: 1.3; font-weight: 650; margin: 8px 0 16px; max-width: none; }
-.verdict.reached, .good { color: var(--good); } .verdict.not-reached, .bad { color: var(--bad); }
-.verdict.undecided, .open { color: var(--open); }
+.good { color: var(--good); } .bad { color: var(--bad); } .open { color: var(--open); }
 .notice { border-left: 4px solid var(--open); background: var(--card); padding: 8px 12px; margin: 8px 0;
   font-weight: 600; }
 .soft { color: var(--soft); font-size: 0.92rem; }
