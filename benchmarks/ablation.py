@@ -1,8 +1,8 @@
-"""What is each of the notes' ideas worth on a small model? One factor at a time against the default, real CIFAR-10.
+"""Measure what each of the notes' ideas is worth on a small model: one factor at a time, on real CIFAR-10.
 
-The default is the notes' recipe at a size that a CPU trains in a minute. Every result is a line of a file as soon as it
-is there, so that a run that was stopped goes on where it was. Scores are validation accuracies of the last epoch
-(images of the training split; the test images are not read); a difference is between trainings of the same seed.
+The default is the notes' recipe at a size that a CPU trains in a minute. Every result is appended to a file at once, so
+that an interrupted run continues where it was. Scores are validation accuracies of the last epoch (images of the
+training split; the test images are not read); a difference is between trainings of the same seed.
 
     python benchmarks/ablation.py
 """
@@ -24,8 +24,8 @@ from scipy import stats
 from nkat_ray.config import STAGE1_DATASET, DataConfig, TrialConfig
 from nkat_ray.data import Dataset, open_dataset
 from nkat_ray.data.selection import Limits, select_images
-from nkat_ray.model import create_nkat_vit
-from nkat_ray.train.loop import ImageSet, Trainer
+from nkat_ray.train.images import TrainingData
+from nkat_ray.train.session import create_trainer, training_data
 
 DEFAULT = dict(embed_dim=64, depth=2, lr=2e-3, epochs=5, warmup=1)  # the rest is the notes' recipe
 FACTORS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ FACTORS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Args(DataConfig):
-    """What is trained, and where the results are kept."""
+    """Set what is trained, and where the results are kept."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights, order and augmentation."""
@@ -51,7 +51,7 @@ class Args(DataConfig):
     val_images: int = 5000
     """Validation images, from the training split (stratified, fixed)."""
     results: Path = Path("benchmarks/ablation.jsonl")
-    """A line for each training; what is there already is not trained again."""
+    """File with one line per training; what is in it is not trained again."""
 
 
 def main(args: Args) -> None:
@@ -59,44 +59,34 @@ def main(args: Args) -> None:
     dataset = open_dataset(STAGE1_DATASET, args, notice=print)
     assert isinstance(dataset, Dataset), dataset
     selection = select_images(dataset, Limits(args.val_images, args.train_images))
-    device = torch.device("cpu")
-    train, val = (
-        ImageSet(selection.images, selection.labels, index, device)
-        for index in (selection.train_index, selection.val_index)
-    )
+    data = training_data(selection, dataset.traits, torch.device("cpu"))
     done = {(row["factor"], row["seed"]) for row in rows(args.results)}
     for seed in args.seeds:
         for factor, fields in FACTORS.items():
             if (factor, seed) not in done:
                 config = TrialConfig(**{**DEFAULT, **fields, "train_images": args.train_images})
-                result = {"factor": factor, "seed": seed, **trained(config, train, val, dataset, seed)}
+                result = {"factor": factor, "seed": seed, **trained(config, data, seed)}
                 with args.results.open("a") as file:
                     file.write(json.dumps(result) + "\n")
                 print(result, flush=True)
-    Console(width=120).print(table(rows(args.results), len(val)))
+    Console(width=120).print(table(rows(args.results), len(data.val)))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The results so far."""
+    """Read the results so far; none if there is no file yet."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def trained(config: TrialConfig, train: ImageSet, val: ImageSet, dataset: Dataset, seed: int) -> dict[str, Any]:
-    """Train one configuration: validation accuracy of each epoch, and the time that it took."""
-    mean, std = train.statistics()
-    torch.manual_seed(seed)
-    model = create_nkat_vit(config, num_classes=dataset.classes, grey=dataset.grey, mean=mean, std=std)
-    trainer = Trainer(
-        model, config, train=train, val=val, num_classes=dataset.classes, flip=dataset.flip, mean=mean, std=std,
-        seed=seed, device=torch.device("cpu"), notice=print,
-    )  # fmt: skip
+def trained(config: TrialConfig, data: TrainingData, seed: int) -> dict[str, Any]:
+    """Train one configuration and return the validation accuracy of each epoch and the CPU seconds."""
+    trainer = create_trainer(config, data, seed=seed, notice=print)
     clock = time.process_time()  # other work on the machine hardly moves it
     accuracy = [epoch.val_accuracy for epoch in trainer.epochs()]
     return {"val_accuracy": accuracy, "cpu_s": round(time.process_time() - clock, 1)}
 
 
 def table(results: list[dict[str, Any]], n_val: int) -> Table:
-    """Accuracy of each factor, and its difference from the default over the seeds that both have."""
+    """Show the accuracy of each factor and its difference from the default over the seeds that both have."""
     last = {(row["factor"], row["seed"]): row["val_accuracy"][-1] for row in results}
     cpu = {(row["factor"], row["seed"]): row["cpu_s"] for row in results}
     found = Table(title=f"validation accuracy (n = {n_val}) after {DEFAULT['epochs']} epochs; intervals of 95 % (t)")
@@ -116,7 +106,7 @@ def table(results: list[dict[str, Any]], n_val: int) -> Table:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean, by Student's t; NaN below two values."""
+    """Return the 95 % interval of the mean by Student's t; NaN below two values."""
     if len(values) < 2:
         return math.nan, math.nan
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))

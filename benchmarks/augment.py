@@ -1,11 +1,11 @@
-"""Images a second of the recipe's augmentation on one core, against torchvision's pipelines that work image by image.
+"""Measure images per second of the recipe's augmentation on one core against torchvision's per-image pipelines.
 
     python benchmarks/augment.py [--batch_size 128] [--rounds 9] [--images 512]
 
-The pack is the recipe's (docs/spec.md section 4): crop with reflection, flip, RandAugment 2/9, Cutout 8. The pipelines
-are written as training scripts usually are: a Compose of torchvision's transforms from PIL images or tensors, Cutout as
-in its authors' script, one stack a batch. Decoding, loading and normalising are left out on all sides. Rounds are
-interleaved, so that a busy machine slows all alike; the ratio is the median of the ratios within a round.
+The augmentations are the recipe's (docs/spec.md section 4): crop with reflection, flip, RandAugment 2/9, Cutout 8. The
+pipelines are written as training scripts usually are: a Compose of torchvision's transforms from PIL images or tensors,
+Cutout as in its authors' script, one stack per batch. Decoding, loading and normalising are left out on all sides.
+Rounds are interleaved, so that a busy machine slows all alike; the ratio is the median of the ratios within a round.
 """
 
 import argparse
@@ -23,13 +23,14 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from nkat_ray.config import TrialConfig
-from nkat_ray.train.augment import augment
+from nkat_ray.train.augment import apply, augment, draw
+from nkat_ray.train.loop import AUGMENTED_IMAGES
 
-PASSES = 10  # of the batched pack over the images of a round, so that its share of a round is as long as the others'
+PASSES = 10  # of our augmentation over the images of a round, so that it is timed for about as long as the others
 
 
 class Cutout:
-    """Cutout of one uint8 (3, H, W), as DeVries and Taylor's script draws it."""
+    """Cut a square out of one uint8 image (3, H, W), as DeVries and Taylor's script does."""
 
     def __init__(self, size: int) -> None:
         """Take the side of the square in pixels."""
@@ -67,8 +68,8 @@ def pipelines(config: TrialConfig) -> dict[str, tuple[Callable[..., Tensor], boo
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=128, help="images a batch (the recipe's: 128)")
-    parser.add_argument("--images", type=int, default=512, help="images a round and pipeline")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per batch (the recipe's: 128)")
+    parser.add_argument("--images", type=int, default=512, help="images per round and pipeline")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds, after one that is not counted")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -77,7 +78,17 @@ def main() -> None:
     images = smooth_images(args.images, generator)
     pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
 
+    many = images.repeat(-(-AUGMENTED_IMAGES // len(images)), 1, 1, 1)[:AUGMENTED_IMAGES]
+
     def ours() -> int:
+        """Augment as a training does: many batches at once, each with its own draws."""
+        sizes = [len(batch) for batch in many.split(args.batch_size)]
+        for _ in range(PASSES):
+            draws = [draw(size, 32, 32, config, flip=True, generator=generator) for size in sizes]
+            apply(many, torch.cat(draws, dim=1), config, flip=True)
+        return PASSES * len(many)
+
+    def batch_by_batch() -> int:
         for _ in range(PASSES):
             for batch in torch.split(images, args.batch_size):
                 augment(batch, config, flip=True, generator=generator)
@@ -89,7 +100,7 @@ def main() -> None:
             torch.stack([transform(image) for image in source[start : start + args.batch_size]])
         return len(images)
 
-    runs: dict[str, Callable[[], int]] = {"nkat_ray.train.augment": ours}
+    runs: dict[str, Callable[[], int]] = {"ours, as trained": ours, "ours, batch by batch": batch_by_batch}
     for name, (transform, from_pil) in pipelines(config).items():
         runs[name] = lambda transform=transform, from_pil=from_pil: one_by_one(transform, from_pil)  # type: ignore[misc]
     speeds = measure(runs, rounds=args.rounds)
@@ -97,14 +108,14 @@ def main() -> None:
 
 
 def smooth_images(n: int, generator: torch.Generator) -> Tensor:
-    """Synthetic uint8 (n, 3, 32, 32) with the histograms of photographs rather than of noise."""
+    """Generate uint8 images (n, 3, 32, 32) with the histograms of photographs rather than of noise."""
     coarse = torch.randn(n, 3, 8, 8, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic")
     return (128 + 60 * smooth + 5 * torch.randn(n, 3, 32, 32, generator=generator)).clamp(0, 255).to(torch.uint8)
 
 
 def measure(runs: dict[str, Callable[[], int]], *, rounds: int) -> dict[str, list[float]]:
-    """Images a second of every run in every round; the first round warms up and is dropped."""
+    """Return images per second of every run in every round; the first round warms up and is dropped."""
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -117,9 +128,7 @@ def measure(runs: dict[str, Callable[[], int]], *, rounds: int) -> dict[str, lis
 
 def print_results(speeds: dict[str, list[float]], args: argparse.Namespace) -> None:
     """Print command, versions, n, medians, spread and the ratios."""
-    print(
-        f"python {' '.join(sys.argv)}: batch {args.batch_size}, {args.images} images a round, n = {args.rounds} rounds"
-    )
+    print(f"python {' '.join(sys.argv)}: batch {args.batch_size}, n = {args.rounds} rounds of {args.images} images")
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, one thread")
     ours, *others = speeds
     for name, values in speeds.items():

@@ -1,13 +1,13 @@
-"""Is anything lost when the driver is killed? Quick runs, killed (SIGKILL) at random moments and resumed.
+"""Test whether anything is lost when the driver is killed (SIGKILL) at random moments and resumed.
 
     python benchmarks/kill_resume.py --kills 10
 
-A run is a short `--preset quick` on generated images. Its driver is killed a random number of journal events and a
-random part of a second after it has begun to write, and resumed, until the run ends; then the next run begins, until
-there were as many kills as asked for and the last run has ended. What the files held at each kill is compared with what
-they hold at the next and at the run's end: trials that had ended, their stop reasons and curves, ASHA's rungs, Optuna's
-study, the survivors; no trial may end twice, and no epoch that was in the journal may be trained again. A table of what
-was found goes to standard output; the exit code is 1 if anything differed.
+A run is a short `--preset quick` on generated images. Its driver is killed a random number of journal events, and a
+random fraction of a second, after it has begun to write. It is resumed until the run ends; then the next run begins,
+until the requested number of kills is reached and the last run has ended. The files at each kill are compared with
+those at the next kill and at the run's end: ended trials, stop reasons and curves, ASHA's rungs, Optuna's study,
+survivors. No trial may end twice, and no epoch that is in the journal may be trained again. A table of the findings
+goes to standard output; the exit code is 1 if anything differed.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from nkat_ray.config import RunConfig, config_of_json
 from nkat_ray.files import JOURNAL_FILE, STUDY_FILE
-from nkat_ray.prepare import config_of_json
-from nkat_ray.report.study import load_study
-from nkat_ray.report.tables import read_trials
-from nkat_ray.search.journal import read_state
+from nkat_ray.record.journal import read_state
+from nkat_ray.record.study import load_study
+from nkat_ray.record.tables import read_rows
 from nkat_ray.search.scheduler import ResumableASHA
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,23 +59,23 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def rungs(folder: Path) -> dict[float, dict[str, float]]:
-    """ASHA's rungs as a driver that starts now would have them."""
-    config = config_of_json(json.loads((folder / "config.json").read_text()))
+    """Return ASHA's rungs as a driver that starts now would have them."""
+    config = config_of_json(RunConfig, json.loads((folder / "config.json").read_text()))
     earlier = read_state(folder).trials.values()
     return ResumableASHA(
         max_t=config.epochs, grace_period=config.grace, reduction_factor=config.reduction, earlier=earlier
     ).rungs()
 
 
-def told(folder: Path) -> dict[int, tuple[str, Any, Any]]:
-    """What Optuna's study says of every trial that it was told of."""
+def finished_in_study(folder: Path) -> dict[int, tuple[str, Any, Any]]:
+    """Return state, values and parameters of every finished trial in Optuna's study."""
     study = load_study(folder / STUDY_FILE) if (folder / STUDY_FILE).exists() else None
     trials = [] if study is None else study.get_trials(deepcopy=False)
     return {t.number: (t.state.name, t.values, t.params) for t in trials if t.state.is_finished()}
 
 
 def subset(before: Any, after: Any) -> bool:
-    """Whether all that was there before is there unchanged."""
+    """Return whether everything in `before` is in `after`, unchanged."""
     if isinstance(before, dict):
         return all(key in after and subset(value, after[key]) for key, value in before.items())
     nan = all(isinstance(value, float) and math.isnan(value) for value in (before, after))
@@ -83,7 +83,7 @@ def subset(before: Any, after: Any) -> bool:
 
 
 def faults(folder: Path, before: dict[str, Any]) -> list[str]:
-    """What was lost, repeated or changed since a snapshot; empty if nothing."""
+    """List what was lost, repeated or changed since a snapshot; empty if nothing was."""
     after, seen = snapshot(folder), events(folder)
     found = [
         f"{name} changed" for name in ("reasons", "curves", "rungs", "study") if not subset(before[name], after[name])
@@ -105,30 +105,30 @@ def faults(folder: Path, before: dict[str, Any]) -> list[str]:
 
 
 def faults_at_the_end(folder: Path, code: int) -> list[str]:
-    """What a run that has ended lacks; empty if nothing."""
+    """List what is wrong with a run that has ended; empty if nothing is."""
     found = [] if code == 0 else [f"exit code {code}"]
     reasons = snapshot(folder)["reasons"]
     if sorted(reasons) != list(range(TRIALS)):
         found.append(f"ended: {sorted(reasons)}")
-    if {row["trial"]: row["stop_reason"] for row in read_trials(folder / "trials.parquet")} != reasons:
+    if {row["trial"]: row["stop_reason"] for row in read_rows(folder / "trials.parquet")} != reasons:
         found.append("trials.parquet differs from the journal")
     if any(not trial.state.is_finished() for trial in load_study(folder / STUDY_FILE).get_trials()):
-        found.append("a trial of the study runs for ever")
+        found.append("a trial of the study never ends")
     return found
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
-    """What must not be lost."""
+    """Read everything that must not be lost."""
     state = read_state(folder)
     return {
         "reasons": {number: record.stop_reason for number, record in state.trials.items() if record.ended},
         "curves": {number: dict(record.curve) for number, record in state.trials.items()},
-        "rungs": rungs(folder), "study": told(folder), "survivors": state.survivors(GATE),
+        "rungs": rungs(folder), "study": finished_in_study(folder), "survivors": state.survivors(GATE),
     }  # fmt: skip
 
 
 def until(process: subprocess.Popen[str], folder: Path, count: int, extra_s: float) -> bool:
-    """Wait for so many events, and a little longer; False if the driver ended before."""
+    """Wait for `count` events and `extra_s` seconds more; False if the driver ended before."""
     while process.poll() is None and len(events(folder)) < count:
         time.sleep(0.2)
     end = time.monotonic() + extra_s
@@ -145,7 +145,7 @@ def main() -> int:
     parser.add_argument("--flags", default="", help="more flags for the runs, e.g. '--feedback global'")
     options = parser.parse_args()
     draw, kills, bad, runs = random.Random(options.seed), 0, 0, 0
-    print("| kill | run | events | the last one | stage | trials ended | faults since the kill before |")
+    print("| kill | run | events | the last one | stage | trials ended | faults since the previous kill |")
     print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="nkat-kill-") as place:
         while kills < options.kills:

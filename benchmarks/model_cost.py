@@ -1,10 +1,10 @@
-"""Cost of a training step: NKAT-ViT against timm's plain VisionTransformer, same stem, width, depth and tokens.
+"""Measure a training step of NKAT-ViT against timm's plain VisionTransformer of the same stem, width, depth and tokens.
 
-Forward, loss and backward; the contenders' runs are interleaved and the medians of their times compared (on a CPU the
-process's own CPU time). Targets: at most 1.2 times plain at 16 tokens, 1.35 at 64 and 256. Plain has the same dropout;
-a last column compares with plain without any dropout on attention, which SDPA computes several times faster on a CPU.
-The second table is the extra cost of Split-Head Attention (the notes claim 5 %), in time and in FLOPs.
-The default takes about three minutes on two cores.
+A step is forward, loss and backward. The models take turns, and the medians of their times are compared (on a CPU, the
+process's own CPU time). Targets: at most 1.2 times plain at 16 tokens, 1.35 at 64 and 256. The plain network has the
+same dropout; the last column compares with plain without dropout on attention, which SDPA computes several times faster
+on a CPU. The second table is the extra cost of Split-Head Attention (the notes claim 5 %), in time and in FLOPs. The
+defaults take about three minutes on two cores.
 
     python benchmarks/model_cost.py --threads 1
 """
@@ -41,27 +41,27 @@ class Options:
     """What is measured, and how often."""
 
     tokens: tuple[int, ...] = (16, 64, 256)
-    """Tokens of an image: any of 16, 64, 256."""
+    """Tokens per image: any of 16, 64, 256."""
     embed_dim: int = 384
     """Width of a token, a multiple of num_heads."""
     depth: int = 7
-    """Blocks, >= 1; split heads cost less the more blocks there are beside the first."""
+    """Blocks, >= 1; split heads are in the first alone, so they cost less the more blocks there are."""
     num_heads: int = 8
     """Attention heads; split heads are measured at 8 only."""
     batch_tokens: int = 512
-    """Tokens a batch: the batch size is this over the tokens of an image."""
+    """Tokens per batch: the batch size is this divided by the tokens per image."""
     repeats: int = 11
-    """Timed steps of each contender."""
+    """Timed steps per model."""
     threads: int = 1
     """CPU threads, >= 1."""
     device: str = "cpu"
     """cpu or cuda."""
     bf16: bool = False
-    """Under bfloat16 autocast."""
+    """Compute under bfloat16 autocast."""
 
 
 class StemPatchEmbed(nn.Module):
-    """The plain contender's input: the same stem, then a patch convolution as timm has it."""
+    """Embed images for the plain network: the same stem, then a patch convolution as timm has it."""
 
     def __init__(self, *, config: ModelConfig, embed_dim: int, patch_size: int, **_timm: Any) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class StemPatchEmbed(nn.Module):
 
 
 def plain_vit(config: ModelConfig) -> nn.Module:
-    """timm's own VisionTransformer of the same shape, with the same dropout."""
+    """Build timm's own VisionTransformer of the same shape, with the same dropout."""
     return VisionTransformer(
         img_size=IMAGE_SIZE,
         patch_size=config.patch_size,
@@ -94,7 +94,7 @@ def plain_vit(config: ModelConfig) -> nn.Module:
 
 
 def training_step(model: nn.Module, options: Options, batch: int) -> Callable[[], None]:
-    """A closure that does one forward and backward pass on fixed random images."""
+    """Return a function that does one forward and backward pass on fixed random images."""
     device = torch.device(options.device)
     model = model.to(device).train()
     images = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
@@ -110,7 +110,7 @@ def training_step(model: nn.Module, options: Options, batch: int) -> Callable[[]
 
 
 def seconds(step: Callable[[], None], device: str) -> float:
-    """Time of one step: the process's own CPU time, which other work on the machine hardly moves; wall time on CUDA."""
+    """Time one step in seconds: the process's CPU time, which other work hardly changes; wall time on CUDA."""
     if device == "cpu":
         start = time.process_time()
         step()
@@ -123,7 +123,7 @@ def seconds(step: Callable[[], None], device: str) -> float:
 
 
 def interleaved(steps: dict[str, Callable[[], None]], options: Options) -> dict[str, list[float]]:
-    """Times of each contender, taken in turn so that a busy machine slows all alike; two rounds warm up."""
+    """Time the models in turn, so that a busy machine slows all alike; two rounds warm up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.repeats + 2):
         for name, step in steps.items():
@@ -132,14 +132,14 @@ def interleaved(steps: dict[str, Callable[[], None]], options: Options) -> dict[
 
 
 def flops(model: nn.Module) -> int:
-    """Floating-point operations of one image's forward pass, matrix products and convolutions only."""
+    """Count the FLOPs of one image's forward pass: matrix products and convolutions only."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.cpu().eval()(torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     return int(counter.get_total_flops())
 
 
-def contenders(config: ModelConfig) -> dict[str, nn.Module]:
-    """The models that take turns; split heads only where there are eight."""
+def models_to_time(config: ModelConfig) -> dict[str, nn.Module]:
+    """Build the models that take turns; split heads only where there are eight."""
     models: dict[str, nn.Module] = {
         "plain": plain_vit(config),
         "no dropout": plain_vit(replace(config, dropout_attn=0.0)),
@@ -151,7 +151,7 @@ def contenders(config: ModelConfig) -> dict[str, nn.Module]:
 
 
 def measure(options: Options, console: Console) -> None:
-    """Prints both tables."""
+    """Measure and print both tables."""
     cost = Table(
         "tokens", "batch", "plain ms", "nkat ms", "ratio", "quartiles", "target", "", "no dropout", title="Step"
     )
@@ -162,7 +162,7 @@ def measure(options: Options, console: Console) -> None:
         config = ModelConfig(
             embed_dim=options.embed_dim, depth=options.depth, num_heads=options.num_heads, **LAYOUTS[tokens]
         )
-        models, batch = contenders(config), max(1, options.batch_tokens // tokens)
+        models, batch = models_to_time(config), max(1, options.batch_tokens // tokens)
         times = interleaved({name: training_step(m, options, batch) for name, m in models.items()}, options)
         ms = {name: statistics.median(values) * 1000 for name, values in times.items()}
         ratio = ms["nkat"] / ms["plain"]
@@ -181,7 +181,7 @@ def measure(options: Options, console: Console) -> None:
 
 
 def quartiles(times: list[float], reference: list[float]) -> str:
-    """The middle half of the ratios, taken run by run."""
+    """Format the quartiles of the ratios between runs of the same round."""
     low, _, high = statistics.quantiles([a / b for a, b in zip(times, reference, strict=True)], n=4)
     return f"{low:.2f}..{high:.2f}"
 

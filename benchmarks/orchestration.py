@@ -1,14 +1,14 @@
-"""The same six trials under three orchestrators: ours, a plain Ray Tune script, and Optuna in one process.
+"""Run the same six trials under three orchestrators: ours, a plain Ray Tune script, and Optuna in one process.
 
 Every trial trains the `quick` preset's baseline on 4,000 real CIFAR-10 images for four epochs; the trials differ in
 their seeds alone, and nothing is stopped early: what is compared is what lies around the training.
 
 - ours: Stage 1 of `tune_round2.py`, journal, gate, vault and checkpoints included;
-- ray: `tune.Tuner` with OptunaSearch, ASHAScheduler and a checkpoint each epoch, as Ray's documentation writes it;
+- ray: `tune.Tuner` with OptunaSearch, ASHAScheduler and one checkpoint per epoch, as Ray's documentation shows it;
 - optuna: `study.optimize` with a SuccessiveHalvingPruner, in one process.
 
 Each runs in a process of its own, in turn. Memory is the proportional set size of all its processes together. Last,
-each runs once more and has a training process killed when half of the trials have ended: how many trials are lost?
+each runs once more, and a training process is killed when half of the trials have ended: how many trials are lost?
 
     python benchmarks/orchestration.py
 """
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,11 +31,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from nkat_ray.cluster import SETTINGS
 from nkat_ray.config import STAGE1_DATASET, DataConfig, RunConfig
 from nkat_ray.data import Dataset, open_dataset
 from nkat_ray.data.selection import select_images, training_limits
-from nkat_ray.search import SETTINGS
-from nkat_ray.search.space import domains
 
 Name = Literal["ours", "ray", "optuna"]
 NAMES: tuple[Name, ...] = ("ours", "ray", "optuna")
@@ -43,7 +42,7 @@ NAMES: tuple[Name, ...] = ("ours", "ray", "optuna")
 
 @dataclass(frozen=True, kw_only=True)
 class Args(DataConfig):
-    """What is run."""
+    """Set what is run."""
 
     rounds: int = 3
     """Rounds of each, in turn."""
@@ -52,7 +51,7 @@ class Args(DataConfig):
     only: Name | None = None
     """For the benchmark itself: run this one, in this process."""
     log: Path | None = None
-    """For the benchmark itself: a line a step goes here."""
+    """For the benchmark itself: the file that gets one line per event."""
 
 
 def run_of(args: Args) -> RunConfig:
@@ -61,7 +60,7 @@ def run_of(args: Args) -> RunConfig:
 
 
 class Log:
-    """One line an event, for the parent: (kind, trial, time)."""
+    """Write one line per event for the parent: kind, trial, time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -84,15 +83,15 @@ def stage1_data(run: RunConfig) -> Any:
 
 
 def epochs_of(seed: int, run: RunConfig, data: Any) -> Iterator[Any]:
-    """The training that Ray's and Optuna's scripts call: ours, from the trainer up."""
+    """Train as ours does; Ray's and Optuna's scripts call this."""
     import torch
 
-    from nkat_ray.search.trainable import _trainer
+    from nkat_ray.space import trial_config
+    from nkat_ray.train.session import create_trainer, training_data
 
     torch.set_num_threads(1)
-    trainer = _trainer(
-        {"seed": seed}, run=run, data=data, device=torch.device("cpu"), deadline_s=float("inf"), notice=print
-    )
+    images = training_data(data.selection, data, torch.device("cpu"))
+    trainer = create_trainer(trial_config(run, {}), images, seed=seed, notice=print)
     for result in trainer.epochs():
         yield result, trainer
 
@@ -103,25 +102,31 @@ def epochs_of(seed: int, run: RunConfig, data: Any) -> Iterator[Any]:
 def ours(run: RunConfig, log: Log) -> None:
     import ray
 
-    from nkat_ray.search import tuner
-    from nkat_ray.search.callbacks import Listeners
-    from nkat_ray.search.cluster import describe_cluster
-    from nkat_ray.search.journal import Journal
+    from nkat_ray.cluster.connect import describe_cluster
+    from nkat_ray.record.journal import Journal
+    from nkat_ray.record.observer import Observer
+    from nkat_ray.record.run import Run
+    from nkat_ray.record.storage import RunStorage
+    from nkat_ray.search.stage1 import Stage1
     from nkat_ray.search.vault import open_vault
 
     ray.init(address="local", num_cpus=run.max_concurrent, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as name:
         folder, journal = Path(name), Journal(Path(name))
         journal.write("run")
-        listeners = Listeners(
-            on_result=lambda trial, row: log("epoch", trial, started_s=row["started_s"], epoch_s=row["epoch_s"]),
-            on_trial_end=lambda record: log("end", record.trial, lost=record.stop_reason == "error"),
-        )
-        tuner.tune_stage1(
-            run, fixed=tuple(domains(run)), data=stage1_data(run), cluster=describe_cluster(),
-            vault=open_vault("orchestration"), journal=journal, folder=folder, tune_folder=str(folder / "tune"),
-            listeners=listeners,
-        )  # fmt: skip
+
+        class Logged(Observer):
+            """Log epochs and ends."""
+
+            def on_epoch(self, trial: int, row: Mapping[str, Any]) -> None:
+                log("epoch", trial, started_s=row["started_s"], epoch_s=row["epoch_s"])
+
+            def on_trial_end(self, trial: int, row: Mapping[str, Any]) -> None:
+                log("end", trial, lost=row["stop_reason"] == "error")
+
+        context = Run(config=run, domains={}, datasets={}, storage=RunStorage(folder, None), journal=journal)
+        vault = open_vault("orchestration")
+        Stage1(context, stage1_data(run), cluster=describe_cluster(), vault=vault, observer=Logged()).run()
 
 
 def ray_alone(run: RunConfig, log: Log) -> None:
@@ -199,7 +204,7 @@ RUNNERS: dict[str, Callable[[RunConfig, Log], None]] = {"ours": ours, "ray": ray
 
 @dataclass(frozen=True)
 class Measured:
-    """One run from outside."""
+    """Describe one run as measured from outside."""
 
     wall_s: float
     start_up_s: float  # until the first training step

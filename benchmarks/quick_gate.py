@@ -1,4 +1,4 @@
-"""Does the gate of the preset `quick` decide anything? Stage 1 over several seeds in one Ray instance, a line a seed.
+"""Test whether the gate of the preset `quick` separates trials: Stage 1 over several seeds, one line per seed.
 
 python benchmarks/quick_gate.py --seeds 0 1 2 3 4 5 6 7 8 9
 """
@@ -12,21 +12,24 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from nkat_ray.cluster.connect import connected, describe_cluster
 from nkat_ray.config import STAGE1_DATASET, RunConfig
 from nkat_ray.data import Dataset
 from nkat_ray.data.selection import select_images, training_limits
-from nkat_ray.prepare import open_datasets
-from nkat_ray.search.callbacks import Listeners
-from nkat_ray.search.cluster import connected, describe_cluster
-from nkat_ray.search.journal import Journal
+from nkat_ray.data.suite import open_datasets
+from nkat_ray.record.journal import Journal
+from nkat_ray.record.observer import Observer
+from nkat_ray.record.run import Run
+from nkat_ray.record.storage import RunStorage
+from nkat_ray.search.stage1 import Stage1
 from nkat_ray.search.trainable import Stage1Data
-from nkat_ray.search.tuner import tune_stage1
 from nkat_ray.search.vault import open_vault
+from nkat_ray.space import space_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Seeds to try."""
+    """Set the seeds to try."""
 
     seeds: tuple[int, ...] = tuple(range(10))
     """Seeds of the runs."""
@@ -55,10 +58,11 @@ def print_line(seed: int, data: Stage1Data, scratch: Path, console: Console) -> 
     folder.mkdir()
     journal = Journal(folder)
     journal.write("run")
-    tune_stage1(
-        run, fixed=(), data=data, cluster=describe_cluster(), vault=open_vault(str(run.name)), journal=journal,
-        folder=folder, tune_folder=str(folder / "tune"), listeners=Listeners(),
-    )  # fmt: skip
+    context = Run(
+        config=run, domains=space_of(run).domains, datasets={}, storage=RunStorage(folder, None), journal=journal
+    )
+    vault = open_vault(str(run.name))
+    Stage1(context, data, cluster=describe_cluster(), vault=vault, observer=Observer()).run()
     records = [record for _, record in sorted(journal.state.trials.items())]
     scores = [row["local_tpe"] if (row := record.best_row()) else float("nan") for record in records]
     reasons = Counter(str(record.stop_reason) for record in records)

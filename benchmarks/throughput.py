@@ -1,6 +1,6 @@
-"""Images a second of training from end to end: ours against the loops that people write.
+"""Measure training from end to end in images per second: ours against common training loops.
 
-All train the same shape (stem, width, depth, tokens) with the recipe's whole pack (crop with reflection, flip,
+All train the same shape (stem, width, depth, tokens) with all of the recipe's augmentation (crop with reflection, flip,
 RandAugment 2/9, Cutout 8, Mixup or CutMix), AdamW, clipping and an averaged model, on real CIFAR-10 images:
 
 - ours: `nkat_ray.train.loop.Trainer`, NKAT-ViT with its filter and modulation, with 1 and 2 threads;
@@ -8,11 +8,11 @@ RandAugment 2/9, Cutout 8, Mixup or CutMix), AdamW, clipping and an averaged mod
   with 0 and 2 worker processes, timm's Mixup and averaged model;
 - timm: the same loop with timm's own transforms (rand-m9-n2, random erasing for Cutout).
 
-Their loops compute with one thread; two workers more keep two cores busy, as ours does with two threads. A ratio is
-against ours on as many cores.
+Their loops compute with one thread; two additional workers keep two cores busy, as ours does with two threads. A ratio
+compares with ours on as many cores.
 
-Rounds are interleaved; a ratio is the median of the rounds' ratios. A round takes each contender's images through an
-epoch that is warm: DataLoader's processes are started before the clock, as in the second epoch of a training.
+Rounds are interleaved; a ratio is the median of the rounds' ratios. A round is one warm epoch per loop: DataLoader's
+processes are started before the clock, as in the second epoch of a training.
 
     python benchmarks/throughput.py
 """
@@ -42,9 +42,9 @@ from torchvision import transforms
 from nkat_ray.config import STAGE1_DATASET, DataConfig, TrialConfig
 from nkat_ray.data import Dataset as Images
 from nkat_ray.data import open_dataset
+from nkat_ray.data.dataset import Traits
 from nkat_ray.data.selection import Limits, select_images
-from nkat_ray.model import create_nkat_vit
-from nkat_ray.train.loop import ImageSet, Trainer
+from nkat_ray.train.session import create_trainer, training_data
 
 SHAPES = {"384 x 7, the notes' baseline": {}, "128 x 4": {"embed_dim": 128, "depth": 4}}
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
@@ -52,12 +52,12 @@ MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
 @dataclass(frozen=True, kw_only=True)
 class Args(DataConfig):
-    """What is measured, and how often."""
+    """Set what is measured, and how often."""
 
     rounds: int = 5
     """Interleaved rounds, after one that is not counted."""
     images: int = 1280
-    """Images of a round and contender; a multiple of 128."""
+    """Images per round and loop; a multiple of 128."""
 
 
 def main(args: Args) -> None:
@@ -66,7 +66,7 @@ def main(args: Args) -> None:
     selection = select_images(found, Limits(100, args.images))
     for title, shape in SHAPES.items():
         config = replace(TrialConfig(), epochs=10_000, **shape)  # the schedule never ends
-        epochs = contenders(config, selection, args)
+        epochs = loops(config, selection, args)
         speeds: dict[str, list[float]] = {name: [] for name in epochs}
         for number in range(args.rounds + 1):
             for name, epoch in epochs.items():
@@ -76,8 +76,8 @@ def main(args: Args) -> None:
         show(title, speeds, args)
 
 
-def contenders(config: TrialConfig, selection: Any, args: Args) -> dict[str, Iterator[float]]:
-    """Each yields the seconds of one epoch after another."""
+def loops(config: TrialConfig, selection: Any, args: Args) -> dict[str, Iterator[float]]:
+    """Return the loops by name; each yields the seconds of one epoch after another."""
     pictures = [Image.fromarray(image.transpose(1, 2, 0)) for image in selection.images[selection.train_index]]
     labels = selection.labels[selection.train_index].tolist()
     num_ops, magnitude = config.randaugment or (0, 0)
@@ -101,23 +101,18 @@ def contenders(config: TrialConfig, selection: Any, args: Args) -> dict[str, Ite
 
 
 def ours(config: TrialConfig, selection: Any, *, threads: int) -> Iterator[float]:
-    device = torch.device("cpu")
-    train = ImageSet(selection.images, selection.labels, selection.train_index, device)
-    mean, std = train.statistics()
-    trainer = Trainer(
-        create_nkat_vit(config, num_classes=10, mean=mean, std=std), config, train=train,
-        val=ImageSet(selection.images, selection.labels, selection.val_index, device), num_classes=10, flip=True,
-        mean=mean, std=std, seed=0, device=device, notice=print,
-    )  # fmt: skip
+    traits = Traits(name=STAGE1_DATASET, num_classes=10, grey=False, flip=True)
+    data = training_data(selection, traits, torch.device("cpu"))
+    trainer = create_trainer(config, data, seed=0, notice=print)
     epochs = trainer.epochs()
     while True:
         torch.set_num_threads(threads)
         result = next(epochs)
-        yield len(train) / result.images_per_s  # training alone, without validation
+        yield len(data.train) / result.images_per_s  # training alone, without validation
 
 
 class Pictures(Dataset[Any]):
-    """Decoded images, so that no contender pays for decoding."""
+    """Serve decoded images, so that no loop pays for decoding."""
 
     def __init__(self, pictures: list[Image.Image], labels: list[int], transform: Callable[..., Tensor]) -> None:
         self._pictures, self._labels, self._transform = pictures, labels, transform
@@ -130,7 +125,7 @@ class Pictures(Dataset[Any]):
 
 
 def plain(config: TrialConfig, pictures: Pictures, *, workers: int) -> Iterator[float]:
-    """The loop as training scripts have it."""
+    """Train as common scripts do; yields the seconds of each epoch."""
     model: nn.Module = plain_vit(config)
     average = ModelEmaV3(model, decay=config.ema or 0.0, use_warmup=True)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)

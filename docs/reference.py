@@ -3,11 +3,6 @@
 python docs/reference.py
 """
 
-import ast
-import dataclasses
-import inspect
-import textwrap
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,32 +12,35 @@ from nkat_ray.commands.data import Fetch, Import, List, Verify
 from nkat_ray.commands.doctor import DoctorConfig
 from nkat_ray.commands.evaluate import EvaluateConfig
 from nkat_ray.commands.explain import ExplainConfig
-from nkat_ray.commands.plan import describe_domain
 from nkat_ray.commands.report import ReportConfig
 from nkat_ray.commands.simulate import SimulateConfig
+from nkat_ray.commands.stop import StopConfig
+from nkat_ray.commands.train import TrainConfig
 from nkat_ray.config import (
     PRESETS,
-    SPACES,
+    ClusterConfig,
     DataConfig,
     ModelConfig,
     RunConfig,
     ScreenConfig,
-    TrainConfig,
+    Stage2Config,
     TrialConfig,
-    searchable,
 )
+from nkat_ray.fields import field_types
 from nkat_ray.files import CURVES_FILE, STAGE2_FILE, TRIALS_FILE
-from nkat_ray.report import tables
+from nkat_ray.flags import default_texts, field_docs, typed_text
+from nkat_ray.record import tables
+from nkat_ray.space import SPACES, describe_domain, searchable
 
 TARGET = Path(__file__).with_name("reference.md")
 SHARED = {
     "The network": ModelConfig, "The recipe": TrialConfig, "Where images come from": DataConfig,
-    "What is printed": ScreenConfig,
+    "What to run on": ClusterConfig, "Stage 2": Stage2Config, "What is printed": ScreenConfig,
 }  # fmt: skip
 CONFIGS: dict[str, tuple[type, ...]] = {
     "tune": (RunConfig,), "train": (TrainConfig,), "evaluate": (EvaluateConfig,), "simulate": (SimulateConfig,),
-    "report": (ReportConfig,), "explain": (ExplainConfig,), "data": (List, Fetch, Verify, Import),
-    "doctor": (DoctorConfig,),
+    "report": (ReportConfig,), "stop": (StopConfig,), "explain": (ExplainConfig,),
+    "data": (List, Fetch, Verify, Import), "doctor": (DoctorConfig,),
 }  # fmt: skip
 HEAD = """# Reference
 
@@ -59,7 +57,7 @@ def reference() -> str:
         parts += [f"### {title}\n", _flags(config, _own(config))]
     parts.append("## The commands\n")
     for name, configs in CONFIGS.items():
-        parts.append(f"### nkat {name}\n\n{_first_line(COMMANDS[name])}\n")
+        parts.append(f"### nkat {name}\n\n{COMMANDS[name]}\n")
         for config in configs:
             if len(configs) > 1:
                 parts.append(f"`nkat {name} {config.__name__.lower()}`: {_first_line(config)}\n")
@@ -78,11 +76,9 @@ def _own(config: type) -> list[str]:
 
 
 def _rest(config: type) -> list[str]:
-    """Fields that stand in no shared table; without those that are no flags."""
+    """Fields that no shared table lists."""
     shared = {name for base in SHARED.values() if issubclass(config, base) for name in _own(base)}
-    hints = typing.get_type_hints(config, include_extras=True)
-    names = [field.name for field in dataclasses.fields(config)]
-    return [name for name in names if name not in shared and "Fixed" not in str(hints[name])]
+    return [name for name in field_types(config) if name not in shared]
 
 
 def _also(config: type) -> str:
@@ -93,47 +89,17 @@ def _also(config: type) -> str:
 def _flags(config: type, names: list[str]) -> str:
     if not names:
         return ""
-    docs, fields = field_docs(config), {field.name: field for field in dataclasses.fields(config)}
-    hints = typing.get_type_hints(config, include_extras=True)
-    rows = []
-    for name in names:
-        positional = "Positional" in str(hints[name])
-        flag = name.upper() if positional else f"--{name}"
-        rows.append((f"`{flag}`", _default(fields[name], hints[name]), docs[name]))
-    return _table(("flag", "default", "what"), rows)
-
-
-def _default(field: dataclasses.Field[Any], hint: Any) -> str:
-    if field.default_factory is not dataclasses.MISSING:  # the text says where it comes from
-        return ""
-    if field.default is dataclasses.MISSING:
-        return "(needed)"
-    if field.default is None:
-        words = [getattr(item, "metavar", "") for item in getattr(hint, "__metadata__", ())]
-        return next((f"`{word.split('|')[1]}`" for word in words if "|" in word), "")
-    return f"`{_word(field.default)}`" if field.default != () else ""
-
-
-def _word(value: Any) -> str:
-    if value is None:
-        return "off"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return " ".join(map(_word, value)) if isinstance(value, tuple) else str(value)
-
-
-def field_docs(config: type) -> dict[str, str]:
-    """The text under each field, in order of definition, those of the base classes first."""
-    found: dict[str, str] = {}
-    for base in reversed(config.__mro__):
-        if dataclasses.is_dataclass(base):
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-            assert isinstance(tree, ast.ClassDef)
-            for line, after in zip(tree.body, tree.body[1:], strict=False):
-                if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr):
-                    assert isinstance(line.target, ast.Name)
-                    found[line.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
-    return found
+    docs, kinds, defaults = field_docs(config), field_types(config), default_texts(config)
+    rows = [
+        (
+            f"`{name.upper() if kinds[name].positional else f'--{name}'}`",
+            f"`{defaults[name]}`" if defaults[name] else "",
+            str(kinds[name].bounds),
+            docs[name],
+        )
+        for name in names
+    ]
+    return _table(("flag", "default", "range", "what"), rows)
 
 
 def _spaces() -> str:
@@ -151,7 +117,7 @@ def _presets() -> str:
     configs = [RunConfig.from_preset(preset) for preset in PRESETS]
     return _table(
         ("flag", *PRESETS),
-        [(f"`--{name}`", *(f"`{_word(getattr(config, name))}`" for config in configs)) for name in names],
+        [(f"`--{name}`", *(f"`{typed_text(getattr(config, name))}`" for config in configs)) for name in names],
     )
 
 

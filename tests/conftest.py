@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import Phase, settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+pytest_plugins = ["fake_runs"]  # made-up run folders and a browser, for every room that reads a record
 
 # Tiny networks gain nothing from a second thread, and on a busy machine OpenMP's threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,7 +38,7 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def ray_settings() -> Iterator[None]:
     """What a run sets before Ray is imported; and no cluster that somebody else has named."""
-    from nkat_ray.search import SETTINGS
+    from nkat_ray.cluster import SETTINGS
 
     with pytest.MonkeyPatch.context() as patch:
         for key, value in SETTINGS.items():

@@ -1,6 +1,8 @@
 """The command line: bad input ends with one line and exit code 2, before anything is written."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -11,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nkat_ray.cli import COMMANDS, parse, tune, typed_flags
-from nkat_ray.config import RunConfig, TrainConfig
+from nkat_ray.cli import main, run_command, tune
+from nkat_ray.config import RunConfig
+from nkat_ray.errors import INTERRUPTED, UserError
+from nkat_ray.space import space_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,9 +61,7 @@ def test_a_bad_flag_is_one_line_on_a_terminal_that_knows_ascii_alone(tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        "error: Error parsing --gate: could not convert string to float: 'high'; `tune_round2"
-    )
+    assert done.stderr.startswith("error: gate is 'high'; allowed: a number, > 0 and <= 1")
 
 
 def test_bad_input_is_refused_quickly_by_the_program_itself(tmp_path):
@@ -78,19 +80,55 @@ def test_bad_input_is_refused_quickly_by_the_program_itself(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_torch_and_ray_are_not_loaded_to_refuse_a_flag(tmp_path):
+def test_nothing_large_is_loaded_to_refuse_a_flag(tmp_path):
     code = (
         "import sys; from nkat_ray.cli import tune; assert tune(['--gate', '7']) == 2; "
-        "sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+        "sys.exit(bool({'torch', 'ray', 'plotly', 'tensorboard'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+INTERRUPTS = """
+import os, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPTED_AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ignored it before
+sys.meta_path.insert(0, Interrupts())
+"""
+
+
+@pytest.mark.parametrize("module", ["nkat_ray", "nkat_ray.errors", "nkat_ray.cli", "nkat_ray.commands.tune"])
+def test_ctrl_c_while_modules_are_loaded_is_one_line(tmp_path, module):
+    """The real script; the signal comes when Python looks for a module."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tune_round2.py", "--gate", "7"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "INTERRUPTED_AT": module},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["nkat_ray.cli", "nkat_ray.errors", "nkat_ray.commands.simulate"])
+def test_so_it_is_of_the_console_script(tmp_path, module):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("nkat"), "simulate", "--nosuch"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "INTERRUPTED_AT": module},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "error: interrupted\n")
 
 
 @pytest.mark.parametrize("words", [["--nosuch"], ["."], ["never-was"], ["--seeds", "0", "."]])
 def test_nor_to_refuse_an_evaluation(tmp_path, words):
     code = (
-        "import sys; from nkat_ray.cli import COMMANDS, _guarded; "
-        "assert _guarded(lambda: COMMANDS['evaluate'](sys.argv[1:])) == 2; "
+        "import sys; from nkat_ray.cli import _guarded; "
+        "assert _guarded('evaluate', sys.argv[1:]) == 2; "
         "sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, check=False).returncode == 0
@@ -147,11 +185,11 @@ def test_a_bad_data_folder_is_refused_and_nothing_is_written(damage, tmp_path, c
     assert not Path("out").exists()
 
 
-def test_a_storage_path_that_cannot_be_written_is_refused(tmp_path, capsys):
+def test_a_storage_path_that_is_a_file_is_refused(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     assert tune(["--data", "synthetic", "--storage_path", str(file)]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert f"{file} is no folder" in capsys.readouterr().err
 
 
 def test_a_name_that_exists_is_refused(tmp_path, capsys):
@@ -177,16 +215,16 @@ def test_json_of_a_plan_is_all_that_stdout_gets(tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     plan = json.loads(out)
     assert plan["configuration"]["num_samples"] == 6
-    assert "Stage 1 at most" in plan["cost"]
+    assert "Stage 1" in plan["plan"]
     assert err == ""
 
 
 def test_json_of_a_simulation(capsys):
-    assert COMMANDS["simulate"](["--accuracy", "cifar10=0.8", "--json"]) == 0
+    assert run_command("simulate", ["--accuracy", "cifar10=0.8", "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert found["scores"]["lambda 20"]["local_tpe"]["cifar10"] == pytest.approx(0.605, abs=5e-4)
-    assert "Accuracy demanded" in err
+    assert "Accuracy needed" in err
 
 
 def test_bad_input_leaves_stdout_empty_for_a_script(capsys):
@@ -200,44 +238,77 @@ def test_what_the_screen_shows_may_change_on_resume(tmp_path, monkeypatch):
     saved = RunConfig.from_preset(
         "quick", name="r", storage_path=str(tmp_path), quiet=True, json=True, log_to="mlflow", resume=True
     )
-    monkeypatch.setattr("nkat_ray.prepare.saved_config", lambda *_: (saved, ()))
+    monkeypatch.setattr("nkat_ray.commands.tune.saved_config", lambda *_: (saved, space_of(saved)))
     seen = []
-    monkeypatch.setattr("nkat_ray.run.resume", lambda run, fixed, screen: seen.append(run) or 0)
+    monkeypatch.setattr("nkat_ray.commands.tune.resume", lambda run, space, screen: seen.append(run) or 0)
     for flags in ([], ["--json", "--log_to", "off"]):
         assert tune(["--resume", "--name", "r", "--storage_path", str(tmp_path), *flags]) == 0
     assert [(run.quiet, run.json, run.log_to) for run in seen] == [(False, False, "mlflow"), (False, True, "off")]
 
 
-def test_both_spellings_of_a_flag_are_read():
-    argv = ["--num-samples", "3", "--max_concurrent=2", "--no_split_heads"]
-    run = parse(RunConfig, argv, prog="test", default=RunConfig.from_preset("quick"))
-    assert (run.num_samples, run.max_concurrent) == (3, 2)
-    assert {"num_samples", "max_concurrent", "split_heads"} <= typed_flags(argv)
+@pytest.mark.parametrize(
+    "error", [ValueError("of a tensor"), TypeError("of a bug"), KeyError("of a table"), ConnectionError("of a bucket")]
+)
+def test_only_a_user_error_is_bad_input(error, capsys, monkeypatch, tmp_path):
+    """torch and json raise ValueErrors of their own: those are faults, with a log."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("nkat_ray.commands.tune.start", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert tune(["--preset", "quick"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    log = Path(said.rpartition("the log is ")[2])
+    assert log.parent == tmp_path
+    assert f"{type(error).__name__}: " in log.read_text()
+    assert "Traceback" in log.read_text()
 
 
-def test_the_notes_command_is_read_as_written():
-    command = (
-        "--dataset cifar10 --conv_stem tiny --patch_size 2 --embed_dim 384 --depth 7 --temperature 0.65 --top_k 6 "
-        "--top_p 0.80 --nkat_strength 0.0024 --nkat_decay 0.99 --dropout_attn 0.17 --dropout_embed 0.08 --mixup 0.1 "
-        "--cutmix 0.2 --randaugment 2 9 --lr 2e-4 --epochs 40 --warmup 5 --ema 0.9995 --clip_grad 1.0"
-    )
-    assert parse(TrainConfig, command.split(), prog="test") == TrainConfig()
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evalute"], "there is no command 'evalute'; did you mean evaluate?"),
+        (["zzz"], "there is no command 'zzz'; allowed: tune, train"),
+        (["data", "lst"], "there is no subcommand 'lst'; did you mean list?"),
+    ],
+)
+def test_a_misspelt_command_is_refused_with_a_suggestion(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["nkat", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
-def test_off_is_none():
-    argv = [
-        "--top_k",
-        "off",
-        "--top_p",
-        "off",
-        "--randaugment",
-        "off",
-        "--cutout",
-        "off",
-        "--ema",
-        "off",
-        "--clip_grad",
-        "off",
-    ]
-    config = parse(TrainConfig, argv, prog="test")
-    assert {config.top_k, config.top_p, config.randaugment, config.cutout, config.ema, config.clip_grad} == {None}
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0), (["--version"], 0), (["data", "--help"], 0)])
+def test_help_and_version_of_the_program(words, code, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["nkat", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    out, err = capsys.readouterr()
+    assert re.match(r"usage: nkat |nkat-ray \d", out)
+    assert not err
+
+
+@pytest.mark.parametrize("words", ["simulate", "simulate --help", "--help"])
+def test_a_reader_that_leaves_is_no_error(words):
+    """`nkat ... | head -1`"""
+    command = f"{sys.executable} -c 'from nkat_ray.cli import main; main()' {words} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.count("\n") == 1
+    assert not done.stderr
+
+
+# Reported in ray-project/ray#20886, ray-project/ray#42221
+def test_a_resumed_run_may_get_more_trials_but_not_fewer(monkeypatch):
+    from nkat_ray.commands.tune import read
+
+    saved = RunConfig.from_preset("quick", name="r", num_samples=6)
+    monkeypatch.setattr("nkat_ray.commands.tune.saved_config", lambda *_: (saved, space_of(saved)))
+    assert read(["--resume", "--name", "r", "--num_samples", "12"])[0].num_samples == 12
+    with pytest.raises(UserError, match="num_samples is 3; what is to be resumed has 6"):
+        read(["--resume", "--name", "r", "--num_samples", "3"])

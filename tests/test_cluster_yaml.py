@@ -96,7 +96,7 @@ def test_every_node_has_the_token_and_asks_for_it(cluster: Any) -> None:
     assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
 
 
-def test_the_dashboard_stays_at_home_and_nothing_is_told(cluster: Any) -> None:
+def test_the_dashboard_stays_local_and_no_usage_is_reported(cluster: Any) -> None:
     (start,) = [command for command in cluster["head_start_ray_commands"] if "--head" in command]
     assert "--dashboard-host=127.0.0.1" in start.split()
     assert "--disable-usage-stats" in start.split()  # `ray up` overrules the environment, but not the flag

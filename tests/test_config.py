@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nkat_ray.config import (
-    PRESETS,
-    ROUND1_BEST,
-    SPACES,
-    Choice,
-    DataConfig,
-    Domain,
-    ModelConfig,
-    RunConfig,
-    Span,
-    TrainConfig,
-    TrialConfig,
-    field_names,
-)
-from nkat_ray.prepare import config_of_json
-from nkat_ray.report.tables import plain
+from nkat_ray.commands.train import TrainConfig
+from nkat_ray.config import PRESETS, DataConfig, ModelConfig, RunConfig, TrialConfig, config_of_json, field_names
+from nkat_ray.errors import UserError
+from nkat_ray.fields import Range, field_types
+from nkat_ray.metrics import lambda_notes
+from nkat_ray.record.tables import plain
+from nkat_ray.space import ROUND1_BEST, SPACES, Choice, Domain, Span
 
 NAN, INF = math.nan, math.inf
 
@@ -58,10 +50,12 @@ MODEL_RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("color_norm", ["on", "", None], ["off", "layernorm", "residual"]),
     ("dropout_attn", [-0.1, 0.91, 1, NAN], [0, 0.9]),
     ("dropout_embed", [-0.1, 0.91, NAN], [0, 0.9]),
+    ("drop_path", [-0.1, 0.91, NAN], [0, 0.9]),
 ]
 TRIAL_RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("epochs", [0, -1, 10_001, NAN], [6, 10_000]),
     ("batch_size", [0, -128, 65_537, NAN], [1, 65_536]),
+    ("optimizer", ["lion", "", None], ["adamw", "muon"]),
     ("lr", [0, -1e-4, 1.1, NAN, INF], [1e-12, 1]),
     ("warmup", [-1, 40, 41, NAN], [0, 39]),
     ("weight_decay", [-0.1, 1.1, NAN], [0, 1]),
@@ -85,23 +79,21 @@ RUN_RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("seed", [-1, 2**32, NAN], [0, 2**32 - 1]),
     ("gate", [0, 7, -0.6, 1.0001, NAN, INF], [1e-9, 0.29, 1]),
     ("lambda_model", ["", "optuna"], ["notes", "counted", "millions"]),
-    ("space", ["", "round3"], ["round2", "extended", "quick"]),
+    ("space", [5], ["round2", "extended", "mine.toml"]),
     ("num_samples", [0, -1, 100_001, NAN], [1, 100_000]),
-    ("sampler", ["", "TPE", "cmaes"], ["tpe", "random", "gp", "nsga2"]),
-    ("objective", ["", "lambda", "local_tpe, lambda"], ["local_tpe", "local_tpe,lambda"]),
+    ("sampler", ["", "TPE", "cmaes"], ["tpe", "random", "gp"]),
     ("warm_start", ["", " "], ["round1", "runs/round1", None]),
     ("feedback", ["", "local", "on"], ["off", "global"]),
     ("log_to", ["", "neptune", "MLflow"], ["off", "mlflow", "wandb"]),
-    ("scheduler", ["", "pbt", "off"], ["asha", "hyperband", "median", "none"]),
+    ("scheduler", ["", "pbt", "off"], ["asha", "none"]),
     ("max_survivors", [0, -1, NAN], [1, 100_000, None]),
     ("max_concurrent", [0, -1, NAN], [1, None]),
-    ("gpus_per_trial", [-0.1, 8.1, 1.5, 2.25, NAN], [0, 0.125, 0.3, 1, 2, 8, None]),
+    ("gpus_per_trial", [-0.1, 1.5, 2, NAN], [0, 0.125, 0.3, 1, None]),
     ("cpus_per_trial", [0, -1, NAN], [1, 64, None]),
     ("grace", [0, 41, NAN], [1, 40]),
     ("reduction", [0, 1, 17, NAN], [2, 16]),
-    ("smoke_epoch", [0, -1, NAN], [1, 10_000]),
-    ("smoke_accuracy", [-0.1, 1.1, 45, NAN], [0, 1]),
     ("max_failures", [-1, 101, NAN], [0, 100]),
+    ("max_failed", [0, -1, NAN], [1, 100_000, None]),
     ("checkpoint_epochs", [0, 1001, NAN], [1, 1000]),
     ("stage1_hours", [0, -1, NAN, INF], [0.001, 1000, None]),
     ("transfer", ["", "freeze"], ["finetune", "probe", "scratch"]),
@@ -136,8 +128,8 @@ def test_a_value_at_the_end_of_its_range_is_allowed(config: type, name: str, val
 
 def test_every_field_has_its_range_tested() -> None:
     tested = {(config, name) for config, name, _, _ in ALL_RANGES}
-    free = {"split_heads", "data_dir", "data", "address", "resume", "dry_run", "verbose", "own_space"}
-    free |= {"gate_projection", "json", "quiet"}
+    free = {"split_heads", "data_dir", "data", "address", "resume", "dry_run", "verbose"}
+    free |= {"json", "quiet"}
     for config, base in ((ModelConfig, None), (TrialConfig, ModelConfig), (RunConfig, TrialConfig)):
         own = set(field_names(config)) - (set(field_names(base)) if base else set()) - free
         assert own == {name for c, name in tested if c is config}
@@ -244,7 +236,7 @@ def test_the_defaults_are_the_notes_baseline() -> None:
         nkat_strength=0.0024, nkat_decay=0.99, dropout_attn=0.17, dropout_embed=0.08, mixup=0.1, cutmix=0.2,
         randaugment=(2, 9), cutout=8, lr=2e-4, epochs=40, warmup=5, ema=0.9995, clip_grad=1.0, color_norm="off",
         split_heads=False, channel_shuffle=0.0, weight_decay=0.05, label_smoothing=0.0, batch_size=128, val_images=5000,
-        num_heads=8, mlp_ratio=4.0, stem_stride=4, train_images=None,
+        num_heads=8, mlp_ratio=4.0, stem_stride=4, train_images=None, drop_path=0.0, optimizer="adamw",
     )  # fmt: skip
     assert dataclasses.asdict(baseline) == expected
 
@@ -263,12 +255,13 @@ def test_round2_is_fifty_trials_of_forty_epochs_at_gate_060() -> None:
     run = RunConfig.from_preset("round2")
     assert run == RunConfig()
     assert (run.num_samples, run.epochs, run.gate, run.grace, run.reduction) == (50, 40, 0.60, 5, 3)
-    assert (run.smoke_epoch, run.smoke_accuracy, run.space) == (10, 0.45, "round2")
+    assert run.space == "round2"
 
 
-def test_laptop_keeps_round2s_space_and_gate() -> None:
+def test_laptop_keeps_the_notes_gate_and_has_the_lowest_lambda() -> None:
     run = RunConfig.from_preset("laptop")
-    assert (run.space, run.gate, run.num_samples, run.epochs, run.train_images) == ("round2", 0.60, 12, 10, 10_000)
+    assert (run.space, run.gate, run.lambda_model, run.train_images) == ("laptop", 0.60, "notes", None)
+    assert lambda_notes(run.conv_stem, run.embed_dim) == 20  # so that the gate asks for the least accuracy, 0.793
 
 
 def test_a_preset_can_be_overridden_and_is_checked_again() -> None:
@@ -295,7 +288,7 @@ def test_configurations_are_frozen_and_keyword_only() -> None:
 
 
 def test_every_field_has_a_doc() -> None:
-    """The command line's help is made of them; tyro reads the string below a field from the source."""
+    """The command line's help is made of the string below a field."""
     import ast
     import inspect
 
@@ -353,12 +346,8 @@ def same_after_json(made: Any) -> None:
     assert type(made)(**vars(made)) == made
     assert dataclasses.replace(made) == made
     saved = json.loads(json.dumps(plain(dataclasses.asdict(made))))
-    if isinstance(made, RunConfig):
-        assert config_of_json(saved) == made
-    elif type(made) is TrialConfig:
-        from nkat_ray.train.checkpoint import config_from_json
-
-        assert config_from_json(saved) == made
+    if isinstance(made, RunConfig | TrialConfig):
+        assert config_of_json(type(made), saved) == made
 
 
 @pytest.mark.parametrize(
@@ -371,14 +360,38 @@ def same_after_json(made: Any) -> None:
         (ModelConfig, "stem_stride", 4.0, "stem_stride is 4.0; allowed: 2, 4"),
         (ModelConfig, "split_heads", "no", "split_heads is 'no'; allowed: True or False"),
         (ModelConfig, "top_k", 10**400, "top_k is 1000"),
-        (TrialConfig, "randaugment", 5, "randaugment is 5; allowed: (a whole number, a whole number) or None"),
+        (
+            TrialConfig,
+            "randaugment",
+            5,
+            "randaugment is 5; allowed: (a whole number, 1..14; a whole number, 0..30), or off",
+        ),
         (RunConfig, "preset", [], "preset is []; allowed: quick, laptop, round2"),
         (RunConfig, "space", [], "space is []; allowed: text"),
         (RunConfig, "storage_path", 5, "storage_path is 5; allowed: text"),
         (RunConfig, "datasets", ["cifar10"], "datasets is ['cifar10']; allowed: a tuple of text"),
-        (RunConfig, "data_dir", "x", "data_dir is 'x'; allowed: Path or None"),
+        (RunConfig, "data_dir", "x", "data_dir is 'x'; allowed: a path, or None"),
     ],
 )
 def test_a_value_of_another_type_is_refused(config: type, name: str, value: Any, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         config(**{name: value})
+
+
+def test_every_number_of_a_configuration_has_a_range() -> None:
+    for config in (TrainConfig, RunConfig):
+        numbers = {name: kind for name, kind in field_types(config).items() if kind.core in (int, float)}
+        assert [name for name, kind in numbers.items() if kind.bounds == Range()] == []
+
+
+def test_an_error_line_states_the_range_of_the_field() -> None:
+    with pytest.raises(UserError, match=r"^depth is 99; allowed: a whole number, 1\.\.48$"):
+        ModelConfig(depth=99)
+    with pytest.raises(UserError, match=r"^top_p is 0; allowed: a number, > 0 and <= 1, or off$"):
+        ModelConfig(top_p=0)
+
+
+def test_building_a_trial_is_cheap() -> None:
+    """A search space may build thousands before a run starts; it took 115 us when each field was checked by hand."""
+    values = vars(TrialConfig())
+    assert min(timeit.repeat(lambda: TrialConfig(**values), number=200, repeat=20)) / 200 < 60e-6

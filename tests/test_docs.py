@@ -1,34 +1,48 @@
-"""The documents against the code: commands that parse, files that exist, figures and names that are the code's."""
+"""Check the documents against the code: commands parse, files exist, figures and names are those of the code."""
 
+import ast
+import importlib
 import re
 import runpy
 import shlex
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
+import nkat_ray
 from nkat_ray import cli
-from nkat_ray.config import PRESETS, RunConfig, TrainConfig
+from nkat_ray.commands.evaluate import EvaluateConfig
+from nkat_ray.commands.train import TrainConfig
+from nkat_ray.config import EXPECTED, PRESETS, RunConfig
 from nkat_ray.data.digests import dataset_digest
 from nkat_ray.data.spec import KNOWN
-from nkat_ray.report import tables
+from nkat_ray.record import tables
+from nkat_ray.space import SearchSpace, space_of
 
 ROOT = Path(__file__).resolve().parents[1]
-JAPANESE = ROOT / "README.ja.md"
-DOCUMENTS = (ROOT / "README.md", JAPANESE, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
+JAPANESE = {  # a page and its original
+    "README.ja.md": "README.md",
+    "docs/ja/install.md": "docs/install.md",
+    "docs/ja/tutorial.md": "docs/tutorial.md",
+    "docs/ja/results.md": "docs/howto/results.md",
+}
+DOCUMENTS = tuple(sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]))
 README, SPEC, DATA = (path.read_text() for path in (ROOT / "README.md", ROOT / "docs/spec.md", ROOT / "docs/data.md"))
 
 
 def code_blocks(text: str, language: str) -> list[str]:
-    """Contents of the fenced blocks of a language."""
+    """Return the contents of the fenced blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def section(text: str, heading: str) -> str:
-    """What stands under a heading of the second level."""
+    """Return the text below a heading of the second level."""
     found = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     assert found, heading
     return found[1]
@@ -37,15 +51,11 @@ def section(text: str, heading: str) -> str:
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-class Parsed(Exception):
-    """Thrown once the real parser has taken a command line: nothing is run."""
-
-
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Each command of the documents: `tune`, or the subcommand of `nkat`, and its arguments."""
+    """Yield each command of the documents: `tune`, or the subcommand of `nkat`, and its arguments."""
     for document in DOCUMENTS:
-        for line in "\n".join(code_blocks(document.read_text(), "bash")).splitlines():
-            words = shlex.split(re.sub(r".*&& |\S*\buv run ", "", line))
+        for line in "\n".join(code_blocks(document.read_text(), "(?:bash|powershell)")).splitlines():
+            words = shlex.split(re.sub(r".*&& |.*\buv run (--no-sync )?", "", line))
             if words[:2] == ["python", "tune_round2.py"]:
                 yield "tune", words[2:]
             elif words[:1] == ["nkat"]:
@@ -53,7 +63,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def own_space(folder: Path) -> Path:
-    """The search space that the how-to shows, as the file that its commands name."""
+    """Write the search space of the how-to as the file that its commands name."""
     (text,) = code_blocks((ROOT / "docs/howto/space.md").read_text(), "toml")
     path = folder / "mine.toml"
     path.write_text(text)
@@ -62,25 +72,24 @@ def own_space(folder: Path) -> Path:
 
 @pytest.fixture
 def parse_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, list[str]], object]:
-    """Runs a command up to the end of its parsing and returns what was parsed; there is always something to resume."""
-    parse, parsed = cli.parse, []
+    """Parse a command line as its command does, and return what it reads; there is always something to resume."""
     own_space(tmp_path)
     monkeypatch.chdir(tmp_path)
 
-    def stop_after_parsing(*args: object, **kwargs: object) -> None:
-        parsed.append(parse(*args, **kwargs))  # type: ignore[arg-type]
-        raise Parsed
+    def saved_config(storage_path: str, name: str | None) -> tuple[RunConfig, SearchSpace]:
+        run = RunConfig.from_preset("quick", storage_path=storage_path, name=name)
+        return run, space_of(run)
 
-    monkeypatch.setattr(cli, "parse", stop_after_parsing)
-    monkeypatch.setattr("nkat_ray.prepare.saved_config", lambda *_: (RunConfig.from_preset("quick", resume=True), ()))
+    monkeypatch.setattr("nkat_ray.commands.tune.saved_config", saved_config)
     monkeypatch.setattr("nkat_ray.commands.train.saved_training", lambda out: TrainConfig(out=out))
+    monkeypatch.setattr(
+        "nkat_ray.commands.evaluate.with_defaults_of", lambda target, official: EvaluateConfig(target=target)
+    )
 
-    def run(name: str, argv: list[str]) -> object:
-        with pytest.raises(Parsed):
-            cli.COMMANDS[name](argv)
-        return parsed.pop()
+    def read(name: str, argv: list[str]) -> object:
+        return importlib.import_module(f"nkat_ray.commands.{name}").read(argv)
 
-    return run
+    return read
 
 
 def test_every_command_of_the_documents_is_understood(parse_only: Callable[[str, list[str]], object]) -> None:
@@ -101,8 +110,18 @@ def test_the_notes_command_is_the_default_training(parse_only: Callable[[str, li
 
 
 def test_the_commands_are_those_of_the_program() -> None:
-    listed = re.findall(r"^\| `nkat (\w+)` \|", section(README, "The commands"), re.MULTILINE)
+    listed = re.findall(r"^\| `nkat (\w+)` \|", (ROOT / "docs/howto/commands.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(cli.COMMANDS)
+
+
+def test_the_costs_of_the_presets_are_those_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs/cluster.md").read_text()
+    (block,) = code_blocks(page, "python")
+    exec(compile(block, "docs/cluster.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(PRESETS)
+    for line in lines:
+        assert line in page
 
 
 # --- commands that are run --------------------------------------------------------------------------------------------
@@ -116,6 +135,7 @@ NOT_RUN = {  # test_ecosystem.py runs those of docs/ecosystem.md; docs/cluster.m
     r"nkat evaluate": "transfers on four datasets: minutes",
     r"nkat data fetch": "the network",
     r"nkat doctor": "starts Ray: test_doctor.py does",
+    r"nkat stop": "needs a run in progress: test_tune.py has one",
     r"python -m uv|python -m pip|python benchmarks/": "installs, or measures for minutes",
 }
 LIGHTER = {  # what a Python block is changed to, so that it takes seconds
@@ -125,13 +145,13 @@ LIGHTER = {  # what a Python block is changed to, so that it takes seconds
 
 
 def steps(document: Path) -> Iterator[tuple[str, str]]:
-    """What a document has its reader do, in order: ("python", a block) or ("bash", a line)."""
+    """Yield the steps of a document in order: ("python", a block) or ("bash", a line)."""
     for language, block in re.findall(r"^```(bash|python)\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL):
         yield from [(language, block)] if language == "python" else ((language, line) for line in block.splitlines())
 
 
 def runnable(line: str) -> list[str] | None:
-    """The words of a command that a test can run in a minute; None for any other line."""
+    """Return the words of a command that a test can run in a minute; None for any other line."""
     line = re.sub(r".*&& |\S*\buv run ", "", line)
     ours = line.startswith(("nkat ", "python tune_round2.py", "python -c"))
     if not ours or any(re.match(pattern, line) for pattern in NOT_RUN):
@@ -143,7 +163,9 @@ def runnable(line: str) -> list[str] | None:
 def reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tinted: Callable[..., tuple[np.ndarray, np.ndarray]]
 ) -> Path:
-    """A reader's machine: a home with photos, a few images as CIFAR-10, runs that have ended; it is where we stand."""
+    """Set up a reader's machine as the working directory: a home with photos, a few CIFAR-10 images, finished runs."""
+    from fake_runs import build_run
+
     from nkat_ray.config import TrialConfig
     from nkat_ray.data import Split
     from nkat_ray.data.parquet import pair_path, write_split
@@ -163,7 +185,6 @@ def reader(
         path.parent.mkdir(exist_ok=True)
         classes = DATASETS["cifar10"].class_names
         write_split(path, Split(*tinted(n)), class_names=classes, source="a test", encoding="png", flip=True)
-    build_run = runpy.run_path(str(ROOT / "tests/report/conftest.py"))["build_run"]
     config = TrialConfig(embed_dim=16, num_heads=2, depth=2, val_images=40)
     model = create_nkat_vit(config, num_classes=10)
     weights = Weights(
@@ -171,7 +192,7 @@ def reader(
         val_accuracy=0.25, seed=0, tensors=model.state_dict(),
     )  # fmt: skip
     for name in (RUN_FOLDER, "runs/laptop-1", "runs/laptop-2", "runs/first"):
-        build_run(tmp_path / name, journal=True)
+        build_run(tmp_path / name)
         save_weights(weights, weights.to_bytes(), tmp_path / name / "best")
     own_space(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -201,7 +222,7 @@ def test_what_takes_under_a_minute_is_run(
                 exec(words[2], {})
         else:
             name, argv = ("tune", words[2:]) if words[0] == "python" else (words[1], words[2:])
-            assert cli.COMMANDS[name](argv) == 0, text
+            assert cli.run_command(name, argv) == 0, text
         assert capsys.readouterr().out.strip(), text
 
 
@@ -218,23 +239,19 @@ def test_the_commands_that_are_run_are_not_few() -> None:
 # --- the other language, the reference --------------------------------------------------------------------------------
 
 
-def shape(text: str) -> list[tuple[str, int]]:
-    """Headings by level and tables by rows, in order."""
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    found = re.findall(r"^(#+) |((?:^\|.*\n)+)", prose, re.MULTILINE)
-    return [("heading", len(marks)) if marks else ("table", table.count("\n")) for marks, table in found]
+@pytest.mark.parametrize(("page", "original"), JAPANESE.items())
+def test_the_japanese_pages_give_the_same_commands(page: str, original: str) -> None:
+    text, english = ((ROOT / name).read_text() for name in (page, original))
+    for language in ("bash", "powershell"):
+        assert code_blocks(text, language) == code_blocks(english, language)
+    assert text.count("\n## ") == english.count("\n## ")
+    assert len(re.findall(r"^\|", text, re.MULTILINE)) == len(re.findall(r"^\|", english, re.MULTILINE))
 
 
-def test_the_japanese_readme_keeps_step() -> None:
-    japanese = JAPANESE.read_text()
-    assert shape(japanese) == shape(README)
-    assert code_blocks(japanese, "bash") == code_blocks(README, "bash")
-    links = [set(re.findall(r"\]\(([^)#:]+)\)", text)) - {"README.md", "README.ja.md"} for text in (japanese, README)]
-    assert links[0] == links[1]
-    first_cells = [re.findall(r"^\| (`[^|]+?`)", text, re.MULTILINE) for text in (japanese, README)]
-    assert [cells.split("` ")[0] for cells in first_cells[0]] == [cells.split("` ")[0] for cells in first_cells[1]]
-    numbers = [re.findall(r"\d\.\d+", re.sub(r"\[.*?\]\(.*?\)", "", text)) for text in (japanese, README)]
-    assert sorted(numbers[0]) == sorted(numbers[1])
+@pytest.mark.parametrize("page", JAPANESE)
+def test_no_line_of_a_japanese_page_ends_inside_a_sentence(page: str) -> None:
+    prose = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^[^#|\-\n].*\n(?=[^#|\-\n])", prose, re.MULTILINE) == []
 
 
 def test_the_reference_is_what_the_code_says() -> None:
@@ -249,15 +266,15 @@ def test_the_reference_is_what_the_code_says() -> None:
 
 def test_the_space_of_the_how_to_is_a_space(tmp_path: Path) -> None:
     run = RunConfig.from_preset("quick", space=str(own_space(tmp_path)))
-    assert list(run.domains) == ["conv_stem", "embed_dim", "lr", "top_k"]
+    assert list(space_of(run).domains) == ["conv_stem", "embed_dim", "lr", "top_k"]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def tree() -> set[str]:
-    """Paths of the README's tree; folders end in a slash."""
-    (block,) = code_blocks(section(README, "What is where"), "")
+    """Return the paths of the file tree in docs/architecture.md; folders end in a slash."""
+    (block,) = code_blocks(section((ROOT / "docs/architecture.md").read_text(), "What is where"), "")
     folders: list[str] = []
     paths = set()
     for line in block.splitlines():
@@ -270,15 +287,62 @@ def tree() -> set[str]:
     return paths
 
 
-def test_the_tree_names_every_file_of_the_package_and_none_that_is_not_there() -> None:
-    package = ROOT / "nkat_ray"
-    files = {path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-    real = {str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"}
-    assert {path for path in tree() if path.startswith("nkat_ray/") and not path.endswith("/")} == real
+def test_the_tree_names_every_folder_of_the_package_and_nothing_that_is_not_there() -> None:
+    folders = {f"nkat_ray/{path.parent.name}/" for path in (ROOT / "nkat_ray").glob("*/__init__.py")}
+    files = {f"nkat_ray/{path.name}" for path in (ROOT / "nkat_ray").glob("*.py") if path.name != "__init__.py"}
+    assert folders | files <= tree()
     assert [path for path in tree() if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def defined_in(path: Path) -> set[str]:
+    """Return the functions, classes and methods (`Class.method`) that a file defines."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            members = node.body if isinstance(node, ast.ClassDef) else []
+            found |= {f"{node.name}.{member.name}" for member in members if isinstance(member, ast.FunctionDef)}
+    return found
+
+
+def test_the_architecture_names_functions_that_exist() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
+    assert len(named) >= 20
+    folders = (ROOT, ROOT / "nkat_ray")
+    for file, name in named:
+        (path,) = [folder / file for folder in folders if (folder / file).exists()]
+        assert name in defined_in(path), f"{file}:{name}"
+
+
+def test_the_troubles_name_tests_that_exist_and_stand_below_their_sources() -> None:
+    text = (ROOT / "docs/troubles.md").read_text()
+    rows = [line for line in text.splitlines() if "::" in line]
+    assert len(rows) >= 30
+    for row in rows:
+        sources = re.findall(r"\[([\w.-]+/[\w.-]+)#(\d+)\]\(https://github\.com/\1/(?:issues|pull)/\2\)", row)
+        assert len(sources) == row.count("https://"), row
+        assert bool(sources) != row.endswith("| none found |"), row
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row):
+            assert name in defined_in(ROOT / file), f"{file}::{name}"
+            above = (ROOT / file).read_text().split(f"def {name}(")[0].rpartition("\ndef ")[2]
+            assert [source for source in sources if "#".join(source) not in above] == [], f"{file}::{name}"
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_anchors_are_headings(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", document.read_text())
+    targets = [(document.parent / file if file else document, anchor) for file, anchor in links]
+    assert [anchor for path, anchor in targets if anchor not in anchors(path.read_text())] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
     assert [link for link in links if not (document.parent / link).exists()] == []  # pictures too
@@ -287,19 +351,37 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
 def test_every_cell_of_the_comparison_has_a_source() -> None:
     text = (ROOT / "docs/comparison.md").read_text()
     sources = dict(re.findall(r"^\[([\w-]+)\]: (\S+)$", text, re.MULTILINE))
-    rows = [line.strip("|").split("|") for line in text.splitlines() if re.match(r"\| [^-|]", line)]
-    assert len(rows) >= 20
-    assert {len(row) for row in rows} == {7}
-    owners = "nrpswd"  # the first letter of a source's name: whose column it may stand in
-    for _, *cells in rows:
-        for owner, cell in zip(owners, cells, strict=True):
-            found = re.findall(r"\]\[([\w-]+)\]", cell)
-            assert found, cell
-            assert {name[0] for name in found} == {owner}, cell
-            assert re.sub(r"\[.*?\]\[.*?\]|[*,; ]", "", cell) == "", f"said without a source: {cell}"
+    owners = {
+        "Frameworks and services": "nrpswd",
+        "Optimisers and AutoML": "neafhk",
+    }  # first letters of a column's sources
+    for heading, letters in owners.items():
+        rows = [
+            line.strip("|").split("|") for line in section(text, heading).splitlines() if re.match(r"\| [^-|]", line)
+        ]
+        assert len(rows) >= 9
+        for _, *cells in rows:
+            for owner, cell in zip(letters, cells, strict=True):
+                found = re.findall(r"\]\[([\w-]+)\]", cell)
+                assert found, cell
+                assert {name[0] for name in found} == {owner}, cell
+                assert re.sub(r"\[.*?\]\[.*?\]|[*,; ]", "", cell) == "", f"said without a source: {cell}"
     used = set(re.findall(r"\]\[([\w-]+)\]", text))
     assert used == set(sources)
     assert [to for to in sources.values() if "://" not in to and not (ROOT / "docs" / to).exists()] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README) <= 9000
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert nkat_ray.__version__ == project["version"]
+    assert re.search(rf"^## \[{project['version']}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
 
 
 def test_the_readme_shows_pictures_that_are_pictures() -> None:
@@ -315,7 +397,7 @@ def test_the_readme_shows_pictures_that_are_pictures() -> None:
 
 
 def plain(cell: str) -> str | float | None:
-    """A cell of a table as the configuration has it; what follows a space is for people."""
+    """Return a table's cell as the configuration has it; whatever follows a space is for people."""
     word = cell.split(" ")[0]
     try:
         return float(word)
@@ -324,7 +406,11 @@ def plain(cell: str) -> str | float | None:
 
 
 def test_the_presets_table_has_the_presets_values() -> None:
-    rows = re.findall(r"^\| `(\w+)`.*? \| (.+?) \| (.+?) \| (.+?) \|$", section(README, "Presets"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)`.*? \| (.+?) \| (.+?) \| (.+?) \|$",
+        section((ROOT / "docs/howto/search.md").read_text(), "The presets"),
+        re.MULTILINE,
+    )
     assert len(rows) >= 8
     for name, *cells in rows:
         assert [plain(cell) for cell in cells] == [getattr(RunConfig.from_preset(p), name) for p in PRESETS], name
@@ -353,3 +439,17 @@ def test_the_digests_are_those_of_the_code() -> None:
     listed = dict(re.findall(r"^\| `(\w+)`.*? \| `(sha256:[0-9a-f]{64})` \|$", DATA, re.MULTILINE))
     contents = {name: known.release.contents for name, known in KNOWN.items()}
     assert listed == {name: dataset_digest(split["train"], split["test"]) for name, split in contents.items()}
+
+
+def test_the_headline_figures_are_those_of_its_files() -> None:
+    folder = ROOT / "benchmarks/headline"
+    rows = pq.read_table(folder / "stage2.parquet").to_pylist()
+    trials = pq.read_table(folder / "trials.parquet").to_pylist()
+    global_tpe = f"{np.mean([row['tpe'] for row in rows]):.3f}"
+    accuracies = [f"{row['test_accuracy']:.3f}" for row in rows]
+    assert sum(row["passed_gate"] for row in trials) == 3
+    assert len(trials) == 5
+    for page in ("README.md", "README.ja.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert [figure for figure in (global_tpe, *accuracies) if figure not in text] == [], page
+    assert global_tpe in EXPECTED["laptop"]

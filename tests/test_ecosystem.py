@@ -1,6 +1,7 @@
-"""docs/ecosystem.md by its own commands: other tools read a run's files."""
+"""Run the commands of docs/ecosystem.md: other tools read a run's files."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -22,7 +23,7 @@ import torch
 from nkat_ray.config import TrialConfig
 from nkat_ray.files import BEST_FOLDER, CURVES_FILE, STUDY_FILE, TRIALS_FILE
 from nkat_ray.model import create_nkat_vit
-from nkat_ray.report import tables
+from nkat_ray.record import tables
 from nkat_ray.train.checkpoint import Weights
 from nkat_ray.train.transfer import save_weights
 
@@ -43,7 +44,7 @@ def config() -> TrialConfig:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run's folder as the working directory, its model included."""
+    """Make a run's folder, its model included, the working directory."""
     tables.write_trials(tmp_path / TRIALS_FILE, TRIALS)
     curves = [{"trial": t, "epoch": e, "val_accuracy": 0.1 * e} for t, e in ((0, 1), (0, 2), (1, 1))]
     tables.write_curves(tmp_path / CURVES_FILE, curves)
@@ -59,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_line(line: str) -> str:
-    """What a documented one-liner prints: its own code, in this process."""
+    """Run a documented one-liner in this process and return what it prints."""
     words = shlex.split(line)
     assert words[:2] == ["python", "-c"]
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -111,7 +112,7 @@ def test_the_model_opens_with_timm_and_with_safetensors_alone(folder: Path) -> N
 
 @contextlib.contextmanager
 def dashboard(journal: Path) -> Iterator[str]:
-    """optuna-dashboard on localhost, at a free port; its address."""
+    """Start optuna-dashboard on localhost at a free port; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -141,15 +142,20 @@ def read(url: str) -> Any:
 
 @pytest.mark.slow
 def test_optuna_dashboard_shows_the_study_of_a_run(tmp_path: Path, tiny_run: Any) -> None:
-    from nkat_ray.search.journal import Journal
+    from nkat_ray.record.journal import Journal
+    from nkat_ray.record.run import Run
+    from nkat_ray.record.storage import RunStorage
     from nkat_ray.search.searcher import STUDY_NAME, GatedOptunaSearch
-    from nkat_ray.search.space import domains
+    from nkat_ray.space import space_of
 
     run, journal = tiny_run(space="round2", num_samples=3), Journal(tmp_path)
     journal.write("run")
+    run = dataclasses.replace(run, gate=0.3)
     searcher = GatedOptunaSearch(
-        domains(run, ()), folder=tmp_path, journal=journal, points=[], num_samples=3, run_seed=0, gate=0.3
-    )
+        Run(
+            config=run, domains=space_of(run).domains, datasets={}, storage=RunStorage(tmp_path, None), journal=journal
+        )
+    )  # fmt: skip
     for number, (reason, score) in enumerate([("finished", 0.4), ("asha", 0.2), ("nan", None)]):
         searcher.suggest(str(number))
         journal.write("started", trial=number, trial_id=str(number))
@@ -163,4 +169,4 @@ def test_optuna_dashboard_shows_the_study_of_a_run(tmp_path: Path, tiny_run: Any
         trials = read(f"{url}/api/studies/{study['study_id']}")["trials"]
     assert [trial["state"] for trial in trials] == ["Complete", "Pruned", "Fail"]
     assert trials[0]["values"] == [0.4]
-    assert {p["name"]: p["param_external_value"] for p in trials[1]["params"]}.keys() == domains(run, ()).keys()
+    assert {p["name"]: p["param_external_value"] for p in trials[1]["params"]}.keys() == space_of(run).domains.keys()

@@ -7,6 +7,7 @@ each must end with the curve and the scores of the undisturbed run.
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -21,7 +22,7 @@ import pytest
 
 from nkat_ray.config import RunConfig
 from nkat_ray.report.terminal import Screen
-from nkat_ray.search.space import domains
+from nkat_ray.space import space_of
 
 pytestmark = pytest.mark.cluster
 
@@ -89,9 +90,9 @@ def config(folder: Path, **changes: Any) -> RunConfig:
 
 def drive(run: RunConfig, capsys: Any = None) -> int:
     """The run in this process, from its first file to its report."""
-    from nkat_ray.run import start
+    from nkat_ray.commands.tune import start
 
-    return start(run, tuple(domains(run)), Screen(quiet=True))
+    return start(run, space_of(run, space_of(run).contents), Screen(quiet=True))
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -177,7 +178,7 @@ def test_a_worker_process_that_is_killed(whole: Any, nodes: Nodes, tmp_path: Pat
     with meanwhile(kill):
         assert drive(config(tmp_path)) == 0
     assert outcome(tmp_path) == whole
-    assert noticed(tmp_path, "is tried again after a fault")
+    assert noticed(tmp_path, "is retried after an error")
 
 
 def test_a_node_that_dies_in_stage_1(whole: Any, nodes: Nodes, tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_a_node_that_dies_in_stage_1(whole: Any, nodes: Nodes, tmp_path: Path) -
     with meanwhile(kill):
         assert drive(config(tmp_path)) == 0
     assert outcome(tmp_path) == whole
-    assert noticed(tmp_path, "is tried again after a fault")
+    assert noticed(tmp_path, "is retried after an error")
 
 
 def test_a_node_that_dies_in_stage_2(whole: Any, nodes: Nodes, tmp_path: Path, own_processes: Find) -> None:
@@ -304,7 +305,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(whole: Any, nodes: No
     def disturb() -> None:
         wait_until(happened(small_disk, "result", 2))
         filler = fill(small_disk, leave=40 * 2**10)
-        wait_until(lambda: noticed(small_disk, "is tried again after a fault"))
+        wait_until(lambda: noticed(small_disk, "is retried after an error"))
         filler.unlink()
 
     with meanwhile(disturb):
@@ -313,11 +314,12 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(whole: Any, nodes: No
     assert noticed(small_disk, "No space left on device")
 
 
+# Reported in ray-project/ray#32481, ray-project/ray#23674
 def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_resume_goes_on(
     whole: Any, nodes: Nodes, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nkat_ray.prepare import saved_config
-    from nkat_ray.run import resume
+    from nkat_ray.commands.tune import resume
+    from nkat_ray.record.saved import saved_config
 
     filler: list[Path] = []
 
@@ -328,7 +330,11 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_resume_goes_on(
     with meanwhile(disturb):
         assert drive(config(small_disk)) == 1
     said = capsys.readouterr().err
-    assert "No space left on device" in said
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    assert re.search(
+        rf"no space left on the disk of {small_disk}.*: \d+ MB free, .*; make room, then --resume", lines[0]
+    )
     assert "Traceback" not in said
     before = [event["trial"] for event in events(small_disk) if event["event"] == "end"]
     filler[0].unlink()

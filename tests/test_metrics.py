@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from nkat_ray.metrics import (
     ACCURACY_TARGETS,
+    BEFORE,
+    BEFORE_ACCURACY,
+    NOTES_LAMBDA,
     STAGE2_DATASETS,
     TPE_TARGETS,
     accuracy_for,
@@ -135,6 +138,14 @@ def test_consistency_is_the_population_deviation() -> None:
     assert scores.robustness == 1.0
 
 
+def test_the_published_accuracies_give_the_notes_figures() -> None:
+    """The accuracies behind the figures before Round-2; the published file says 0.52752, 0.83546 and 1.0."""
+    scores = stage2_scores({name: tpe_score(a, NOTES_LAMBDA) for name, a in BEFORE_ACCURACY.items()})
+    assert scores.global_tpe == pytest.approx(0.52752, abs=5e-6)
+    assert scores.consistency == pytest.approx(0.83546, abs=5e-6)
+    assert {name: round(getattr(scores, name), 2) for name in BEFORE} == BEFORE
+
+
 @given(st.lists(st.none() | st.floats(0, 4), min_size=1, max_size=4))
 def test_stage2_scores_equal_numpys(values: list[float | None]) -> None:
     scores = stage2_scores(dict(zip(STAGE2_DATASETS, values, strict=False)))
@@ -229,7 +240,7 @@ def test_wilson_refuses(successes: int, n: int) -> None:
         wilson_interval(successes, n)
 
 
-def test_millions_are_exact_and_an_unknown_stem_is_told_the_three() -> None:
+def test_millions_are_exact_and_an_unknown_stem_names_the_three() -> None:
     counted = dict(conv_stem="off", embed_dim=384, nkat_parameters=28, parameters=2_500_000)
     assert lambda_theory("millions", **counted) == 2.5  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"it must be one of off, tiny, small$"):

@@ -83,7 +83,7 @@ def test_nothing_but_the_two_machines_could_be_reached(cluster: Any) -> None:
 def test_ray_up_makes_a_cluster_that_the_doctor_finds_healthy(cluster: Any) -> None:
     assert (cluster["token"], cluster["up"]) == (0, 0), output(cluster, "up")
     assert cluster["doctor"] == 0, output(cluster, "doctor")
-    for found in ("2 answered", "read and written", "asked for on every node", "not public"):
+    for found in ("2 answered", "read and written", "demanded on every node", "not public"):
         assert found in output(cluster, "doctor")
 
 
@@ -92,7 +92,7 @@ def test_a_client_without_the_token_is_refused(client: str, cluster: Any) -> Non
     assert cluster[client] == 2
     said = output(cluster, client)
     assert "Authentication token is missing or incorrect" in said  # the cluster's own answer
-    assert "Ray did not let this process in" in said
+    assert "Ray refused this process" in said
     assert "RAY_AUTH_MODE must be token and ~/.ray/auth_token the cluster's own" in said
     assert list((cluster["folder"] / client).glob("runs/*")) == []
 
@@ -137,7 +137,7 @@ def test_a_run_whose_worker_dies_goes_on_from_the_last_checkpoint_and_ends(clust
         (trial, "finished", None) for trial in range(4)
     ]
     found = summary(cluster, "killed")
-    assert any(f"trial {orphan} is tried again after a fault" in notice for notice in found["notices"])
+    assert any(f"trial {orphan} is retried after an error" in notice for notice in found["notices"])
     assert orphan in found["survivors"]
     assert [row["error"] for row in rows(cluster, "killed", "stage2") if row["status"] != "ok"] == []
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nkat_ray.cli import COMMANDS, main
-from nkat_ray.config import RunConfig, TrainConfig, field_names
+from nkat_ray.commands.train import TrainConfig
+from nkat_ray.config import RunConfig, field_names
 
 CODES = {0, 1, 2, 3, 4, 5, 130}  # README.md, "Exit codes"
 HUGE = "1" + "0" * 400
@@ -37,7 +38,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for name in ("NKAT_DATA_DIR", "NKAT_STORAGE_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("nkat_ray.commands.plan.measured_flops_per_s", lambda: 1e10)
+    monkeypatch.setattr("nkat_ray.commands.plan.measured_flops_per_s", lambda config, on_gpu: 1e10)
     monkeypatch.setattr("nkat_ray.commands.simulate.baseline_lambdas", lambda: {"lambda 20": 20.0})
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     Path("file").write_text("text")
@@ -116,8 +117,8 @@ def nowhere_else(words: list[str]) -> bool:
 
 @pytest.mark.parametrize(
     "flag",
-    ["top_k", "train_images", "test_images", "smoke_epoch", "max_survivors", "max_concurrent", "cpus_per_trial",
-     "clip_grad", "stage1_hours", "seed"],
+    ["top_k", "train_images", "test_images", "max_survivors", "max_concurrent", "cpus_per_trial",
+     "max_failed", "clip_grad", "stage1_hours", "seed"],
 )  # fmt: skip
 def test_a_number_beyond_all_floats_is_refused_by_name(flag: str) -> None:
     assert f"{flag} is " in refused("tune", "--preset", "quick", "--dry_run", f"--{flag}", HUGE)
@@ -291,4 +292,6 @@ def test_a_full_disk_is_a_fault_and_a_bad_path_is_not(monkeypatch: pytest.Monkey
     monkeypatch.setattr("nkat_ray.commands.simulate.simulate", fail(OSError(28, "No space left on device")))
     said("simulate", codes=[1])
     monkeypatch.setattr("nkat_ray.commands.simulate.simulate", fail(PermissionError(13, "Permission denied", "x/y")))
-    assert refused("simulate") == "error: 'x/y': Permission denied; choose another path\n"
+    said("simulate", codes=[1])  # nobody has typed that path
+    monkeypatch.setattr("nkat_ray.commands.report.report", fail(PermissionError(13, "Permission denied", "x/y")))
+    assert refused("report", "x") == "error: 'x/y': Permission denied; choose another path\n"

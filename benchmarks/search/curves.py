@@ -1,4 +1,4 @@
-"""The replay table: real learning curves of small NKAT-ViTs on real CIFAR-10, for the simulator.
+"""Record the replay table: learning curves of small NKAT-ViTs on real CIFAR-10, for the simulator.
 
 Draws configurations at random from `SPACE` (curve n always has the same one, and n as its seed), trains each with the
 product's own loop on one thread, and rewrites the table after every curve, so that it can be stopped at any time and
@@ -21,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nkat_ray.config import Choice, DataConfig, Domain, Span, TrialConfig
+from nkat_ray.config import STAGE1_DATASET, DataConfig, TrialConfig
 from nkat_ray.metrics import EPOCH, LOCAL_TPE, TRAIN_LOSS, VAL_ACCURACY, lambda_notes, tpe_score
+from nkat_ray.space import Choice, Domain, Span
 
 TABLE = Path(__file__).parent / "curves.parquet"
 EPOCHS, TRAIN_IMAGES, VAL_IMAGES = 10, 1200, 1000
@@ -47,7 +48,7 @@ SPACE: Mapping[str, Domain] = {
 
 
 def draw(domain: Domain, generator: np.random.Generator) -> Any:
-    """A value of the domain, uniformly (log-uniformly where it says so)."""
+    """Draw a value of the domain, uniformly (log-uniformly for log domains)."""
     if isinstance(domain, Choice):
         return domain.values[generator.integers(len(domain.values))]
     if domain.step is not None:
@@ -60,13 +61,13 @@ def draw(domain: Domain, generator: np.random.Generator) -> Any:
 
 
 def params_of(curve: int) -> dict[str, Any]:
-    """The configuration of a curve, by its number alone."""
+    """Draw the configuration of a curve, which depends on its number alone."""
     generator = np.random.default_rng([DRAW_SEED, curve])
     return {name: draw(domain, generator) for name, domain in SPACE.items()}
 
 
 def config_of(params: Mapping[str, Any]) -> TrialConfig:
-    """The trial: `quick`'s recipe with the drawn values."""
+    """Build the trial: `quick`'s recipe with the drawn values."""
     values = dict(params)
     side = int(values.pop("tokens") ** 0.5)
     return TrialConfig(
@@ -76,37 +77,29 @@ def config_of(params: Mapping[str, Any]) -> TrialConfig:
 
 
 def load(path: Path = TABLE) -> list[dict[str, Any]]:
-    """The table's rows, one a curve and epoch; none if there is no table yet."""
+    """Read the table's rows, one per curve and epoch; none if there is no table yet."""
     return pq.read_table(path).to_pylist() if path.exists() else []
 
 
 def save(rows: list[dict[str, Any]], path: Path = TABLE) -> None:
-    """Replace the table in one step: a reader, or a kill, sees the old one or the new one."""
+    """Replace the table atomically: a reader, or a kill, sees the old one or the new one."""
     part = path.with_suffix(".part")
     pq.write_table(pa.Table.from_pylist(rows), part, compression="zstd")
     os.replace(part, path)
 
 
 def train(curve: int, selection: Any) -> list[dict[str, Any]]:
-    """One curve, a row an epoch."""
+    """Train one curve and return one row per epoch."""
     import torch
 
-    from nkat_ray.model import create_nkat_vit
-    from nkat_ray.train.loop import ImageSet, Trainer
+    from nkat_ray.data.dataset import Traits
+    from nkat_ray.train.session import create_trainer, training_data
 
-    params, cpu = params_of(curve), torch.device("cpu")
+    params = params_of(curve)
     config = config_of(params)
-    torch.manual_seed(curve)
-    train, val = (
-        ImageSet(selection.images, selection.labels, index, cpu)
-        for index in (selection.train_index, selection.val_index)
-    )
-    mean, std = train.statistics()
-    model = create_nkat_vit(config, num_classes=10, grey=False, mean=mean, std=std)
-    trainer = Trainer(
-        model, config, train=train, val=val, num_classes=10, flip=True, mean=mean, std=std, seed=curve, device=cpu,
-        notice=print,
-    )  # fmt: skip
+    traits = Traits(name=STAGE1_DATASET, num_classes=10, grey=False, flip=True)
+    data = training_data(selection, traits, torch.device("cpu"))
+    trainer = create_trainer(config, data, seed=curve, notice=print)
     lam = lambda_notes(config.conv_stem, config.embed_dim)
     rows = []
     for result in trainer.epochs():
@@ -132,7 +125,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dataset = open_dataset("cifar10", DataConfig(), notice=print)
     if isinstance(dataset, Missing):
-        raise SystemExit(f"cifar10 cannot be had: {dataset.reason}")
+        raise SystemExit(f"cifar10 is missing: {dataset.reason}")
     selection = select_images(dataset, Limits(VAL_IMAGES, TRAIN_IMAGES))
     rows = load(arguments.table)
     done = {row["curve"] for row in rows}

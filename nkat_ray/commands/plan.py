@@ -1,113 +1,275 @@
-"""What a run would do and cost, without doing it: `--dry_run`."""
+"""`--dry_run`: print what a run would do and cost, without starting or writing anything."""
 
 import dataclasses
-import os
+import math
+import shutil
 import time
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from rich.table import Table
 
-from nkat_ray.config import Choice, Domain, RunConfig
-from nkat_ray.earlier import read_earlier
-from nkat_ray.exit_codes import DONE
-from nkat_ray.report.results import duration
+from nkat_ray.cluster.resources import Cluster, Share, on_gpus, room, trial_share
+from nkat_ray.config import (
+    EXPECTED,
+    IMAGE_SIZE,
+    STAGE1_DATASET,
+    ClusterConfig,
+    DataConfig,
+    RunConfig,
+    ScreenConfig,
+    TrialConfig,
+    field_names,
+)
+from nkat_ray.cost import CHECKPOINT_BYTES, GIB, cpu_bytes, epoch_flops, least_epochs, parameter_estimate, peak_bytes
+from nkat_ray.data.catalogue import dataset_table
+from nkat_ray.data.selection import validation_size
+from nkat_ray.data.spec import KNOWN
+from nkat_ray.errors import DONE, UserError
+from nkat_ray.fields import field_types
+from nkat_ray.flags import typed_text
+from nkat_ray.metrics import ASSUMED_ACCURACY
+from nkat_ray.record.storage import existing_folder, is_uri
+from nkat_ray.record.warm_start import read_earlier
+from nkat_ray.report.demand import demands, stem_name
 from nkat_ray.report.terminal import Screen
-from nkat_ray.search.resources import Cluster, cluster_of, epoch_flops, peak_bytes, slots, trial_share
-from nkat_ray.search.space import baseline_point, corner_configs, domains, refuse_impossible, round1_point
+from nkat_ray.report.wording import spoken_time
+from nkat_ray.space import SearchSpace, baseline_point, corner_configs, describe_domain, refuse_impossible, round1_point
 
-CIFAR10_TRAINING_IMAGES = 50_000
-PROBE_SIZE = 1024  # side of the matrices whose product tells how fast this machine is
-PROBE_S = 0.5
+PROBE_TOKENS: Final = 512  # per step of the probe on a CPU: speed hardly depends on more
+PROBE_S: Final = 0.7
+START_S: Final = 30.0  # from the command to the first step: Ray, images, processes
+SLOWER: Final = 1.6  # training time / time of the probe: augmentation, optimizer, a busy machine
+MOST_NAMED: Final = 8  # largest number of searched parameters that are listed without --verbose
+KEPT_CHECKPOINTS: Final = 2  # per running trial
+WITHOUT_EFFECT: Final = {*field_names(DataConfig), *field_names(ClusterConfig), "storage_path", "log_to"}  # on scores
+NOT_COMPARED: Final = {*field_names(ScreenConfig), "verbose", "preset", "name", "resume", "dry_run"}
 
 
-def print_plan(run: RunConfig, fixed: Collection[str], screen: Screen) -> int:
-    """Print the resolved configuration, what the trials will ask of the cluster and the estimated cost; exit code 0.
+def print_plan(run: RunConfig, space: SearchSpace, screen: Screen) -> int:
+    """Print the plan of a run, with --verbose also the whole configuration; return exit code 0.
 
     Raises:
-        ValueError: an impossible combination of typed and searched values.
+        UserError: a run with these flags would be refused.
     """
-    refuse_impossible(run, fixed)
-    space = domains(run, fixed)
-    earlier = read_earlier(run, space)
-    cluster = this_machine()
-    shown = {name: value for name, value in dataclasses.asdict(run).items() if name != "own_space"}  # stands below
-    first = {"trial 0 (baseline)": baseline_point(run, space), "trial 1 (Round-1's best)": round1_point(run, space)[0]}
-    plan = {
-        "configuration": shown,
-        "searched": {name: describe_domain(domain) for name, domain in space.items()},
-        "first trials": {name: _assignments(point) for name, point in first.items()},
-        "cost": cost(run, fixed, cluster),
-    }
-    for title, rows in plan.items():
-        screen.print(_table(title, rows))
+    from nkat_ray.cluster.connect import planned_cluster
+
+    refuse_impossible(run, space.domains)
+    earlier = read_earlier(run, space.domains)
+    baseline, (round1, _) = baseline_point(run, space.domains), round1_point(run, space.domains)
+    plan = plan_of(run, space, planned_cluster(run.address, run.gpus_per_trial))
     if earlier.notice:
-        screen.print(earlier.notice, markup=False, highlight=False)
-    screen.conclude(plan, [f"{name}: {text}" for name, text in plan["cost"].items()])
+        plan["warm start"] = earlier.notice.removeprefix("warm start: ")
+    details = {
+        "configuration": dict(typed_flag(run, name) for name in field_names(RunConfig) if _is_typed(run, name)),
+        "searched": {name: describe_domain(domain) for name, domain in space.domains.items()},
+        "first trials": {"trial 0 (baseline)": _point(baseline), "trial 1 (Round-1's best)": _point(round1)},
+    }
+    screen.print(_table(f"Plan of a run with --preset {run.preset}; nothing has been started", plan))
+    if run.verbose:
+        for title, rows in details.items():
+            screen.print(_table(title, rows))
+    document = {**details, "configuration": dataclasses.asdict(run), "plan": plan}
+    screen.conclude(document, [f"{name}: {text}" for name, text in plan.items()])
     return DONE
 
 
-def cost(run: RunConfig, fixed: Collection[str], cluster: Cluster) -> dict[str, str]:
-    """What a run would ask for and cost at most, line by line for people."""
-    configs = corner_configs(run, fixed)
-    images = run.train_images or CIFAR10_TRAINING_IMAGES - run.val_images
-    flops = [epoch_flops(config, images) * run.epochs for config in configs]
-    mean = sum(flops) / len(flops)
-    shares = [trial_share(config, run, cluster) for config in configs]
-    asked = sorted({f"{share.cpus} CPU + {share.gpus:g} GPU" for share in shares})
-    memory = [peak_bytes(config) / 2**30 for config in configs]
-    rate, at_a_time = measured_flops_per_s(), slots(run, cluster)
-    return {
-        "a trial asks for": " or ".join(asked),
-        "trials at a time": f"{at_a_time} on this machine ({cluster.cpus} CPU, {cluster.gpus:g} GPU)",
-        "memory a trial": f"about {min(memory):.1f} to {max(memory):.1f} GiB (a batch is split where it does not fit)",
-        "a whole trial": f"{min(flops) / 1e15:.3g} to {max(flops) / 1e15:.3g} PFLOP",
-        "Stage 1 at most": (
-            f"{run.num_samples} trials x {run.epochs} epochs, about {run.num_samples * mean / 1e15:.3g} PFLOP: "
-            f"{duration(run.num_samples * mean / rate)} at the {rate / 1e9:.0f} GFLOP/s measured here; ASHA and the "
-            "gate stop most trials earlier"
-        ),
-        "limit on Stage 1": "none" if run.stage1_hours is None else f"it ends after {run.stage1_hours:g} hours",
+def plan_of(run: RunConfig, space: SearchSpace, cluster: Cluster) -> dict[str, str]:
+    """Return the lines of a plan, label -> text."""
+    corners = corner_configs(run, space.domains)
+    shares = [trial_share(config, run, cluster) for config in corners]
+    there = room(run, cluster, corners)
+    at_a_time, speed = there.slots, measured_flops_per_s(typical(corners), on_gpu=on_gpus(run, cluster))
+    images = run.train_images or KNOWN[STAGE1_DATASET].release.sizes["train"] - run.val_images
+    names = ", ".join(space.domains) if len(space.domains) <= MOST_NAMED else f"{len(space.domains)} parameters"
+    plan = {
+        "trials": f"{run.num_samples} of at most {run.epochs} epochs on {images:,} images",
+        "search": f"space {space.name}: {names or 'nothing, the trials differ only in their seeds'}",
+        "fixed": _spoken(run, space.fixed),
+        "expected": "" if set(_changed(run)) - WITHOUT_EFFECT else EXPECTED[run.preset],
+        "not as preset": _spoken(run, [name for name in _changed(run) if name not in space.fixed]),
+        "at a time": f"{at_a_time} on {cluster.cpus} CPU, {cluster.gpus:g} GPU; per trial {_described(shares)}",
+        "": "; ".join(there.notices),
+        "memory": _memory(corners, shares, cluster),
+        **gate_rows(run, space),
+        "Stage 1": stage1_time(run, corners, cluster=cluster, at_a_time=at_a_time, speed=speed, images=images),
+        "Stage 2": stage2_time(run, corners, at_a_time=at_a_time, speed=speed),
+        "disk": disk(run, corners, at_a_time=at_a_time),
+        "downloads": downloads(run),
     }
+    return {name: text for name, text in plan.items() if text}
 
 
-def this_machine() -> Cluster:
-    """This machine as a cluster of one, without starting Ray."""
+def gate_rows(run: RunConfig, space: SearchSpace) -> dict[str, str]:
+    """Return the accuracy on CIFAR-10 that the gate requires, by stem and width."""
+    cells: dict[str, list[str]] = {}
+    for demand in demands(run, space.domains, ASSUMED_ACCURACY.values()):
+        widths = " or ".join(map(str, demand.widths))
+        cells.setdefault(stem_name(demand.conv_stem), []).append(f"{_range(demand.gate, '.3f')} at width {widths}")
+    rows = {"gate": f"Local TPE {run.gate:g} under lambda model {run.lambda_model}: accuracy on CIFAR-10 of"}
+    return rows | {f"  {stem}": ", ".join(found) for stem, found in cells.items()}
+
+
+def stage1_time(
+    run: RunConfig, configs: Sequence[TrialConfig], *, cluster: Cluster, at_a_time: int, speed: float, images: int
+) -> str:
+    """Estimate the time of Stage 1, from strictest early stopping to every trial trained in full.
+
+    Args:
+        run: configuration of the run.
+        configs: corners of its search space, which represent its trials.
+        cluster: nodes that the run uses.
+        at_a_time: number of trials at a time, >= 1.
+        speed: floating-point operations per second of one trial with a core or a GPU to itself.
+        images: training images per epoch.
+    """
+    epoch_s = sum(epoch_flops(config, images) for config in configs) / len(configs) / speed
+    fastest, slowest = at_a_time, min(at_a_time, cluster.gpus or at_a_time)  # trials that share a GPU share its speed
+    low_s = START_S + run.num_samples / fastest * least_epochs(run) * epoch_s
+    high_s = START_S + math.ceil(run.num_samples / slowest) * run.epochs * epoch_s * SLOWER
+    text = f"{spoken_time(low_s)} to {spoken_time(high_s)}"
+    limit_s = math.inf if run.stage1_hours is None else 3600 * run.stage1_hours
+    if limit_s >= high_s:
+        return text
+    least, most = 100 * limit_s / high_s, min(100.0, 100 * limit_s / low_s)
+    share = f"{least:.2g} to {most:.2g} %"
+    return f"{spoken_time(limit_s)} at most (--stage1_hours): {share} of the {text} that all trials take"
+
+
+def stage2_time(run: RunConfig, configs: Sequence[TrialConfig], *, at_a_time: int, speed: float) -> str:
+    """Estimate the time of Stage 2, for one survivor and for all trials."""
+    others = [KNOWN[name].release.sizes["train"] for name in run.datasets if name in KNOWN and name != STAGE1_DATASET]
+    epochs = run.epochs if run.transfer == "scratch" else run.transfer_epochs
+    images = [min(run.transfer_images or size, size - validation_size(size, run.val_images)) for size in others]
+    flops = [sum(epoch_flops(config, count) for count in images) * epochs for config in configs]
+    low_s = START_S / 2 + min(flops) / speed / min(at_a_time, max(1, len(others)))
+    tasks = run.num_samples * max(1, len(others))
+    high_s = START_S + math.ceil(tasks / at_a_time) / max(1, len(others)) * max(flops) / speed * SLOWER
+    return f"{spoken_time(low_s)} (one survivor) to {spoken_time(high_s)} (all {run.num_samples} trials pass)"
+
+
+def disk(run: RunConfig, configs: Sequence[TrialConfig], *, at_a_time: int) -> str:
+    """Estimate the most disk space that a run needs in its storage path; return it with the free space there."""
+    parameters = max(map(parameter_estimate, configs))
+    kept = KEPT_CHECKPOINTS * at_a_time + run.num_samples  # of running trials; one per survivor, at most
+    text = f"at most {kept * parameters * CHECKPOINT_BYTES / 1e9:.2g} GB below {run.storage_path}"
+    if is_uri(run.storage_path):
+        return text
+    return f"{text}; {shutil.disk_usage(existing_folder(run.storage_path)).free / 1e9:.3g} GB are free"
+
+
+def downloads(run: RunConfig) -> str:
+    """Return the datasets that would be downloaded, or that are missing from the data folder."""
+    if run.data == "synthetic":
+        return "none: all images are generated"
+    states = {row.name: row.state for row in dataset_table(run)}
+    missing = [name for name in run.datasets if states.get(name, "missing") == "missing"]
+    if run.data_dir is None:
+        return f"{', '.join(missing)} (once; then kept in the cache)" if missing else "none: all are in the cache"
+    effect = "the run would be refused" if STAGE1_DATASET in missing else "Robustness is lower without them"
+    return f"none; missing in {run.data_dir}: {', '.join(missing)} ({effect})" if missing else "none"
+
+
+def typical(configs: Sequence[TrialConfig]) -> TrialConfig:
+    """Return the configuration whose cost is nearest to the mean: a GPU computes small networks far below its speed."""
+    mean = sum(epoch_flops(config, 1) for config in configs) / len(configs)
+    return min(configs, key=lambda config: abs(epoch_flops(config, 1) - mean))
+
+
+def measured_flops_per_s(config: TrialConfig, *, on_gpu: bool) -> float:
+    """Measure this machine's speed with forward and backward passes of a network, on one core or on a GPU.
+
+    On a GPU, whose speed depends on both, with whole batches and in the precision of a training.
+
+    Returns:
+        Floating-point operations per second, as `epoch_flops` counts them.
+
+    Raises:
+        UserError: another process uses the GPU.
+    """
     import torch
 
-    gpus = torch.cuda.device_count()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    node = {"Alive": True, "Resources": {"CPU": os.cpu_count() or 1, "GPU": gpus, "memory": memory}}
-    return cluster_of([node], gpu_bytes=torch.cuda.mem_get_info()[1] if gpus else None)
+    from nkat_ray.model import create_nkat_vit
+    from nkat_ray.train.device import autocast
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        device = torch.device("cuda" if on_gpu else "cpu")
+        model = create_nkat_vit(config, num_classes=10).to(device)
+        batch = config.batch_size if on_gpu else max(1, PROBE_TOKENS // config.tokens)
+        images = torch.rand(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+        with autocast(device):
+            model(images if on_gpu else images[:1]).sum().item()  # warms up
+        steps, clock = 0, time.perf_counter()
+        while time.perf_counter() - clock < PROBE_S:
+            with autocast(device):
+                loss = model(images).square().mean()
+            loss.backward()
+            loss.item()  # waits for the device
+            steps += 1
+        return epoch_flops(config, batch * steps) / (time.perf_counter() - clock)
+    except RuntimeError as error:
+        if not on_gpu:
+            raise
+        advice = "try again when no other process uses it, or plan with --gpus_per_trial 0"
+        said = next(iter(str(error).splitlines()), type(error).__name__)  # CUDA's advice follows its error
+        raise UserError(f"the GPU's speed could not be measured ({said}); {advice}") from error
+    finally:
+        torch.set_num_threads(threads)
 
 
-def measured_flops_per_s() -> float:
-    """Floating-point operations a second of this machine in matrix products, float32: an upper bound for a training."""
-    import torch
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    matrix = torch.randn(PROBE_SIZE, PROBE_SIZE, device=device)
-    products, clock = 0, time.perf_counter()
-    while time.perf_counter() - clock < PROBE_S:
-        float((matrix @ matrix)[0, 0])  # waits for the device
-        products += 1
-    return 2 * PROBE_SIZE**3 * products / (time.perf_counter() - clock)
+def _memory(configs: Sequence[TrialConfig], shares: Sequence[Share], cluster: Cluster) -> str:
+    """Return the memory per trial for each share of a GPU, and the memory that is there."""
+    by_share: dict[float, list[float]] = {}
+    for config, share in zip(configs, shares, strict=True):
+        by_share.setdefault(share.gpus, []).append((peak_bytes if share.gpus else cpu_bytes)(config) / GIB)
+    parts = [f"{_range(needs, '.2g')} GiB{f' with {gpus:g} GPU' if gpus else ''}" for gpus, needs in by_share.items()]
+    there = [f"{gpu.memory_bytes / GIB:.1f} GiB per GPU {gpu.kind}".strip() for gpu in cluster.kinds.values()]
+    there = there or [f"{node.memory_bytes / GIB:.1f} GiB here" for node in cluster.nodes[:1] if node.memory_bytes]
+    return f"{', '.join(parts)} per trial; {', '.join(there) or 'unknown here'}"
 
 
-def describe_domain(domain: Domain) -> str:
-    """A search domain for people."""
-    if isinstance(domain, Choice):
-        return ", ".join("off" if value is None else str(value) for value in domain.values)
-    step = "" if domain.step is None else f", step {domain.step}"
-    return f"{domain.low:g} to {domain.high:g}{step}{', log' if domain.log else ''}"
+def _described(shares: Sequence[Share]) -> str:
+    texts = {f"{share.cpus} CPU" + (f" + {share.gpus:g} GPU" if share.gpus else "") for share in shares}
+    return " or ".join(sorted(texts))
 
 
-def _assignments(point: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {'off' if value is None else value}" for name, value in point.items())
+def _range(values: Sequence[float], digits: str) -> str:
+    low, high = format(min(values), digits), format(max(values), digits)
+    return low if low == high else f"{low} to {high}"
 
 
-def _table(title: str, rows: dict[str, Any]) -> Table:
+def typed_flag(run: RunConfig, name: str) -> tuple[str, str]:
+    """Return the flag and the words that set a field to its value."""
+    value = getattr(run, name)
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no_'}{name}", ""
+    return f"--{name}", typed_text(value, field_types(RunConfig)[name].none_word or "")
+
+
+def _is_typed(run: RunConfig, name: str) -> bool:
+    """Return whether a field's value can be typed: None can only if the field has a word for it."""
+    return getattr(run, name) is not None or field_types(RunConfig)[name].none_word is not None
+
+
+def _changed(run: RunConfig) -> list[str]:
+    """Return the fields that differ from the run's preset."""
+    preset = RunConfig.from_preset(run.preset)
+    names = [name for name in field_names(RunConfig) if name not in NOT_COMPARED]
+    return [name for name in names if getattr(run, name) != getattr(preset, name)]
+
+
+def _spoken(run: RunConfig, names: Sequence[str]) -> str:
+    return ", ".join(" ".join(typed_flag(run, name)).strip().removeprefix("--") for name in names)
+
+
+def _point(point: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {typed_text(value)}" for name, value in point.items())
+
+
+def _table(title: str, rows: Mapping[str, str]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():
-        table.add_row(name, "off" if value is None else str(value))
+        table.add_row(name, value)
     return table

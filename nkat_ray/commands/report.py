@@ -1,80 +1,71 @@
-"""`nkat report`: the report of a run again, also of one that is still going; or several runs side by side."""
+"""`nkat report`: write the report of a run again, also of one in progress, or compare several runs."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import tyro
+from typing import Annotated, Any
 
 from nkat_ray.config import ScreenConfig
-from nkat_ray.files import CONFIG_FILE, STAGE2_FILE, SUMMARY_FILE, TRIALS_FILE
-from nkat_ray.report import tables
-from nkat_ray.report.comparison import compare
-from nkat_ray.report.html import write_report
-from nkat_ray.report.terminal import Screen, final_report, result_lines
-from nkat_ray.search.journal import read_state
-from nkat_ray.search.rows import trial_rows
+from nkat_ray.errors import UserError
+from nkat_ray.fields import Positional
+from nkat_ray.files import REPORT_FILE
+from nkat_ray.flags import Program
+from nkat_ray.record.run_folder import load_run
+from nkat_ray.report.advice import limits_of
+from nkat_ray.report.comparison import compare_page
+from nkat_ray.report.html import run_page
+from nkat_ray.report.terminal import Screen, final_report, result_lines, screen_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(ScreenConfig):
     """Write report.html of a run, or one page that compares several."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tuple[Path, ...], Positional()] = ()
     """Folders of runs."""
     out: Path | None = None
     """File to write. Default: report.html in the run's folder, or comparison.html here."""
 
 
+PROGRAM = Program(
+    name="nkat report",
+    config=ReportConfig,
+    summary="Write the report of a run again, also of one in progress, or compare several runs on one page.",
+    examples=("nkat report runs/quick-20260101-120000", "nkat report runs/first runs/second --out two.html"),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Report on the runs that the command line names; return the exit code."""
+    config = read(argv)
+    with screen_of(config) as screen:
+        return report(config, screen)
+
+
+def read(argv: Sequence[str]) -> ReportConfig:
+    """Read the configuration from the command line."""
+    return ReportConfig(**PROGRAM.read(argv))
+
+
 def report(config: ReportConfig, screen: Screen) -> int:
-    """Write the page and print the report of a single run.
+    """Write the page, and print the report of a single run.
 
     Raises:
-        ValueError: no folder was given, or one that holds no run.
+        UserError: no folder was given, or a folder that contains no run.
     """
     if not config.runs:
-        raise ValueError("no run was given; name its folder, e.g. `nkat report runs/quick-20260101-120000`")
-    for folder in config.runs:
-        if not (folder / CONFIG_FILE).exists():
-            raise ValueError(f"run is {str(folder)!r}; that folder holds no run ({CONFIG_FILE} is missing)")
-    if len(config.runs) > 1:
-        page = compare(*config.runs, out=config.out or Path("comparison.html"))
-        document: dict[str, Any] = {"runs": [folder.absolute() for folder in config.runs]}
+        raise UserError("no run was given; name its folder, e.g. `nkat report runs/quick-20260101-120000`")
+    runs = [load_run(folder) for folder in config.runs]
+    if len(runs) > 1:
+        page = compare_page(runs).save(config.out or Path("comparison.html"))
+        document: dict[str, Any] = {"runs": [run.folder.absolute() for run in runs]}
         lines: list[str] = []
     else:
-        document, lines = _print(config.runs[0], screen)
-        page = write_report(config.runs[0], config.out)
+        (run,) = runs
+        page = run_page(run).save(config.out or run.folder / REPORT_FILE)
+        final_report(run.summary, run.trials, run.stage2, screen, folder=run.folder)
+        document = {**run.summary, "folder": run.folder.absolute(), "limits": asdict(limits_of(run))}
+        lines = result_lines(run.summary, run.stage2)
     screen.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
     screen.conclude({**document, "report": page.absolute()}, [*lines, f"report: {page}"])
     return 0
-
-
-def _print(folder: Path, screen: Screen) -> tuple[dict[str, Any], list[str]]:
-    """The terminal's report; of a run that is still going from its journal, without touching its files.
-
-    Returns:
-        The same for scripts: summary.json's keys with the folder, and the lines of --quiet.
-    """
-    from nkat_ray.outputs import stage2_rows, summarise
-    from nkat_ray.prepare import config_of_json
-
-    if (folder / SUMMARY_FILE).exists():
-        summary = tables.read_summary(folder / SUMMARY_FILE, *tables.SUMMARY_KEYS)
-        for file in (TRIALS_FILE, STAGE2_FILE):
-            if not (folder / file).is_file():
-                raise ValueError(f"run is {str(folder)!r}; its {file} is missing; copy the folder again")
-        trials, stage2 = (
-            tables.read_trials(folder / TRIALS_FILE),
-            tables.read_stage2(folder / STAGE2_FILE),
-        )
-    else:
-        saved = tables.read_summary(folder / CONFIG_FILE, "found")
-        run, state = config_of_json(saved), read_state(folder)
-        if not state.trials:
-            text = "the run has only begun: there is nothing to report yet"
-            screen.print(text)
-            return {"folder": folder.absolute(), "exit_code": None}, [text]
-        summary = summarise(run, state, saved["found"], None)
-        trials, stage2 = trial_rows(state, run), stage2_rows(state)
-    final_report(summary, trials, stage2, screen, folder=folder)
-    return {**summary, "folder": folder.absolute()}, result_lines(summary, stage2)

@@ -1,44 +1,69 @@
-"""`nkat simulate`: what the notes' targets amount to under each lambda, and where their arithmetic does not close."""
+"""`nkat simulate`: what the notes' targets demand under each lambda, and where the notes contradict themselves."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
 
-from nkat_ray.config import ScreenConfig, TrialConfig
-from nkat_ray.exit_codes import DONE
+from nkat_ray.config import RunConfig, ScreenConfig, TrialConfig
+from nkat_ray.errors import DONE, UserError
+from nkat_ray.flags import Program
 from nkat_ray.metrics import (
     ACCURACY_TARGETS,
+    ASSUMED_ACCURACY,
     GLOBAL_TARGETS,
-    LAMBDA_MODELS,
     NOTES_GATE,
     STAGE2_DATASETS,
     TPE_TARGETS,
     accuracy_for,
-    lambda_notes,
-    lambda_theory,
     stage2_scores,
     tpe_score,
 )
-from nkat_ray.report.terminal import Screen
+from nkat_ray.report.demand import Demand, demands, spoken_accuracy, spoken_others
+from nkat_ray.report.terminal import Screen, screen_of
+from nkat_ray.space import space_of
 
 CLAIMED_GLOBAL_TPE = 0.72  # the notes' own figure for their four target accuracies
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateConfig(ScreenConfig):
-    """What the targets, or accuracies of your own, amount to."""
+    """Accuracies to score."""
 
     accuracy: dict[str, float] = field(default_factory=dict)
-    """What-if accuracies, 0..1: `--accuracy mnist 0.99 cifar10 0.8`, or with `=`; the others stay at their targets."""
+    """Accuracies to try, 0..1, by dataset. The other datasets stay at their targets."""
+
+    space: str = "round2"
+    """Search space whose stems and widths are shown: a built-in one (round2, laptop, ...) or a file NAME.toml."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in self.accuracy.items():
             if name not in STAGE2_DATASETS:
-                raise ValueError(f"dataset is {name!r}; allowed: {', '.join(STAGE2_DATASETS)}")
+                raise UserError(f"dataset is {name!r}; allowed: {', '.join(STAGE2_DATASETS)}")
             if not 0 <= value <= 1:
-                raise ValueError(f"accuracy of {name} is {value}; allowed: 0..1")
+                raise UserError(f"accuracy of {name} is {value}; allowed: 0..1")
+
+
+PROGRAM = Program(
+    name="nkat simulate",
+    config=SimulateConfig,
+    summary="Show what the targets demand under each lambda, and where the notes contradict themselves.",
+    examples=("nkat simulate", "nkat simulate --accuracy mnist=0.99 cifar10=0.8"),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the tables that the command line asks for; return the exit code."""
+    config = read(argv)
+    with screen_of(config) as screen:
+        return simulate(config, screen)
+
+
+def read(argv: Sequence[str]) -> SimulateConfig:
+    """Read the configuration from the command line."""
+    return SimulateConfig(**PROGRAM.read(argv))
 
 
 def simulate(config: SimulateConfig, screen: Screen) -> int:
@@ -46,37 +71,36 @@ def simulate(config: SimulateConfig, screen: Screen) -> int:
     accuracies = {**ACCURACY_TARGETS, **config.accuracy}
     lambdas = baseline_lambdas()
     screen.print(score_table(accuracies, lambdas))
-    screen.print(demand_table())
+    run = RunConfig(space=config.space)
+    others = {
+        **ASSUMED_ACCURACY,
+        **{name: value for name, value in config.accuracy.items() if name in ASSUMED_ACCURACY},
+    }
+    found = demands(run, space_of(run).domains, others.values())
+    screen.print(demand_table(found, others, config.accuracy))
     for line in contradictions():
         screen.print(f"- {line}", markup=False, highlight=False)
     scores = {name: _scores_at(accuracies, lam) for name, lam in lambdas.items()}
     lines = [f"{name} ({lambdas[name]:.4g}): Global TPE {each['global_tpe']:.3f}" for name, each in scores.items()]
     screen.conclude(
-        {"accuracy": accuracies, "lambdas": lambdas, "scores": scores, "contradictions": contradictions()}, lines
+        {"accuracy": accuracies, "lambdas": lambdas, "scores": scores, "contradictions": contradictions(),
+         "others": others, "demands": [asdict(demand) for demand in found]}, lines
     )  # fmt: skip
     return DONE
 
 
 def baseline_lambdas() -> dict[str, float]:
-    """lambda of the notes' lambda 20, and of the built baseline under each model."""
-    from nkat_ray.model import count_nkat_parameters, count_parameters, create_nkat_vit
+    """Return lambda 20 of the notes, and that of the built baseline under each model."""
+    from nkat_ray.model import create_nkat_vit, lambdas
 
     baseline = TrialConfig()
-    model = create_nkat_vit(baseline, num_classes=10)
-    built = {
-        name: lambda_theory(
-            name, conv_stem=baseline.conv_stem, embed_dim=baseline.embed_dim,
-            nkat_parameters=count_nkat_parameters(model), parameters=count_parameters(model),
-        )
-        for name in LAMBDA_MODELS
-    }  # fmt: skip
-    return {"lambda 20": 20.0, **built}
+    return {"lambda 20": 20.0, **lambdas(create_nkat_vit(baseline, num_classes=10), baseline)}
 
 
 def score_table(accuracies: Mapping[str, float], lambdas: Mapping[str, float]) -> Table:
-    """Local and Global TPE of some accuracies under each lambda; the notes' TPE targets beside them."""
+    """Return a table of Local and Global TPE under each lambda, beside the notes' TPE targets."""
     table = Table(title="TPE of these accuracies", title_justify="left")
-    for name in ("dataset", "accuracy", "notes ask", *(f"{name} ({value:.4g})" for name, value in lambdas.items())):
+    for name in ("dataset", "accuracy", "notes' target", *(f"{name} ({value:.4g})" for name, value in lambdas.items())):
         table.add_column(name, justify="left" if name == "dataset" else "right")
     for dataset in STAGE2_DATASETS:
         scores = [f"{tpe_score(accuracies[dataset], lam):.3f}" for lam in lambdas.values()]
@@ -95,25 +119,35 @@ def _scores_at(accuracies: Mapping[str, float], lam: float) -> dict[str, Any]:
     return {"local_tpe": local, **asdict(stage2_scores(local))}
 
 
-def demand_table() -> Table:
-    """Accuracy that the gate and the Global target ask for at the notes' lambdas."""
-    table = Table(title="Accuracy demanded", title_justify="left")
-    for name in ("stem, width", "lambda", f"gate {NOTES_GATE:.2f} on CIFAR-10", "Global TPE 0.70 (mean accuracy)"):
+def demand_table(found: Sequence[Demand], others: Mapping[str, float], measured: Iterable[str]) -> Table:
+    """Return a table of what every design of a search space needs: for the gate, on average, and on CIFAR-10."""
+    target = f"Global TPE {GLOBAL_TARGETS['global_tpe']:.2f}"
+    title = f"Accuracy needed; the last column goes with {spoken_others(others, measured)}"
+    table = Table(title=title, title_justify="left")
+    for name in (
+        "stem, width",
+        "lambda",
+        f"gate {NOTES_GATE:.2f} on CIFAR-10",
+        f"{target} (mean)",
+        f"{target} (CIFAR-10)",
+    ):
         table.add_column(name, justify="left" if name.startswith("stem") else "right")
-    for stem in ("off", "tiny", "small"):
-        for width in (384, 512):
-            lam = lambda_notes(stem, width)
-            gate, target = accuracy_for(NOTES_GATE, lam), accuracy_for(GLOBAL_TARGETS["global_tpe"], lam)
-            table.add_row(f"{stem}, {width}", f"{lam:.2f}", f"{gate:.3f}", f"{target:.3f}{_impossible(target)}")
+    for demand in found:
+        low, high = (accuracy_for(GLOBAL_TARGETS["global_tpe"], lam) for lam in demand.lambda_theory)
+        lam = demand.lambda_theory[0]
+        widths = " or ".join(map(str, demand.widths))
+        cells = (
+            f"{lam:.2f}",
+            spoken_accuracy(demand.gate),
+            spoken_accuracy((low, high)),
+            spoken_accuracy(demand.target),
+        )
+        table.add_row(f"{demand.conv_stem}, {widths}", *cells)
     return table
 
 
-def _impossible(accuracy: float) -> str:
-    return " (impossible)" if accuracy > 1 else ""
-
-
 def contradictions() -> list[str]:
-    """Where the notes' own figures do not follow from each other, computed, not quoted."""
+    """Return where the notes' own figures do not follow from each other: computed, not quoted."""
     mean = sum(ACCURACY_TARGETS.values()) / len(ACCURACY_TARGETS)
     at_20 = tpe_score(mean, 20.0)
     needed = 10 ** (mean / CLAIMED_GLOBAL_TPE) - 1
@@ -121,7 +155,7 @@ def contradictions() -> list[str]:
         f"The four target accuracies give a Global TPE of {at_20:.3f} at lambda 20, not the {CLAIMED_GLOBAL_TPE:.2f} "
         f"claimed; {CLAIMED_GLOBAL_TPE:.2f} would need lambda = {needed:.1f}.",
         f"The target for CIFAR-10 (accuracy {ACCURACY_TARGETS['cifar10']:.2f}, TPE {TPE_TARGETS['cifar10']:.2f}) "
-        f"lies below the gate of {NOTES_GATE:.2f}, which asks for {accuracy_for(NOTES_GATE, 20.0):.3f} at lambda 20.",
+        f"lies below the gate of {NOTES_GATE:.2f}, which needs {accuracy_for(NOTES_GATE, 20.0):.3f} at lambda 20.",
         "Depth 7 has 12.6 M parameters, not about 8 M; the tiny stem has 19,584, not about 30 K; and 'lambda "
         "unchanged' stands beside 'x1.1'.",
     ]

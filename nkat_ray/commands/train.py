@@ -1,204 +1,302 @@
-"""`nkat train`: one training of one configuration on one dataset, without Ray."""
+"""`nkat train`: train one configuration on one dataset, without Ray."""
 
 import dataclasses
-import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nkat_ray import __version__
+from nkat_ray.config import (
+    STAGE1_DATASET,
+    DataConfig,
+    LambdaModel,
+    ScreenConfig,
+    Seed,
+    TrialConfig,
+    config_of_json,
+    default_storage_path,
+    field_names,
 )
-
-from nkat_ray.config import RunConfig, TrainConfig, TrialConfig, field_names
 from nkat_ray.data import Dataset, Missing, open_dataset
-from nkat_ray.data.selection import VALIDATION_ONE_IN, Limits, Selection, select_images
-from nkat_ray.exit_codes import DONE, FAULT, NO_GO
+from nkat_ray.data.selection import Limits, Selection, select_images, validation_size
+from nkat_ray.errors import DONE, FAULT, NO_GO, UserError
 from nkat_ray.files import CURVES_FILE, WEIGHTS_FILE, write_atomically
-from nkat_ray.metrics import EPOCH, LAMBDA_MODELS, LOCAL_TPE, lambda_theory, tpe_score, wilson_interval
-from nkat_ray.report.tables import plain, read_curves, read_summary, write_curves
+from nkat_ray.flags import Program, continued, more_of_trial
+from nkat_ray.metrics import (
+    EPOCH,
+    LOCAL_TPE,
+    SMOKE_ACCURACY,
+    SMOKE_EPOCH,
+    tpe_score,
+    wilson_interval,
+)
+from nkat_ray.record.rows import curve_row
+from nkat_ray.record.storage import is_uri
+from nkat_ray.record.tables import read_rows, read_summary, write_curves, write_json
 from nkat_ray.report.tensorboard import TensorBoardLog
-from nkat_ray.report.terminal import Screen
-from nkat_ray.search.rows import curve_row
+from nkat_ray.report.terminal import Screen, is_live, screen_of
 
-SMOKE_EPOCHS, SMOKE_ACCURACY = RunConfig.smoke_epoch, RunConfig.smoke_accuracy  # docs/spec.md section 4
-CHECKPOINTS_KEPT = 2
+if TYPE_CHECKING:
+    import torch
+
+    from nkat_ray.train.loop import EpochResult, Trainer
+
+FREE_ON_RESUME = ("data_dir", "json", "quiet", "resume")  # flags that may change with --resume
+CHECKPOINTS_FOLDER, CHECKPOINTS_KEPT = "checkpoints", 2
 TRAINING_FILE = "training.json"  # the configuration, for --resume
 
 
-def train(config: TrainConfig, console: Screen) -> int:
-    """Train, score on the test images once at the end, and say what came out. Returns the exit code.
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrialConfig, DataConfig, ScreenConfig):
+    """The configuration of `nkat train`: one training on one dataset."""
+
+    dataset: str = STAGE1_DATASET
+    """Dataset to train on. cifar10, mnist, fashion_mnist, emnist_letters, or the name of a Parquet pair in data_dir."""
+    seed: Seed = 0
+    """Seed of weights, order and augmentation."""
+    out: Path | None = None
+    """Folder for checkpoints and the model. Default: train-<dataset>-<UTC time> in $NKAT_STORAGE_PATH, else ./runs."""
+    resume: bool = False
+    """Continue the training in --out from its last intact checkpoint. Without --out, the newest training continues."""
+    smoke: bool = False
+    """Apply the ten-epoch rule. Train 10 epochs; print GO above 45 % validation accuracy, else NO-GO (exit code 4)."""
+    lambda_model: LambdaModel = "notes"
+    """Lambda in the TPE score. The score under all three is printed."""
+
+
+PROGRAM = Program(
+    name="nkat train",
+    config=TrainConfig,
+    summary="Train one configuration on one dataset, without Ray.",
+    groups={
+        "Start here": ("dataset", "data_dir", "data", "out", "resume", "smoke", "seed", "lambda_model"),
+        "Training": ("epochs", "batch_size", "lr", "warmup", "train_images", "val_images"),
+        "Output": ("quiet", "json"),
+    },
+    more=more_of_trial("epochs", "batch_size", "lr", "warmup", "train_images", "val_images"),
+    examples=(
+        "nkat train --epochs 10 --smoke",
+        "nkat train --dataset mnist --conv_stem off --patch_size 4 --depth 4",
+        "nkat train --resume",
+    ),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as the command line specifies; return the exit code."""
+    config = read(argv)
+    with screen_of(config) as screen:
+        return train(config, screen)
+
+
+def read(argv: Sequence[str]) -> TrainConfig:
+    """Read the configuration from the command line; with --resume from the folder of the training.
 
     Raises:
-        ValueError: the dataset cannot be had, or the folder holds another training.
+        UserError: a flag is not allowed, or cannot change with --resume.
     """
-    if config.smoke and config.epochs < SMOKE_EPOCHS:
-        raise ValueError(f"epochs is {config.epochs}; --smoke needs at least {SMOKE_EPOCHS}")
-    out = config.out or Path("runs") / f"train-{config.dataset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return configured(PROGRAM.read(argv))
+
+
+def configured(typed: Mapping[str, Any]) -> TrainConfig:
+    """Return the training that these flags mean; with `resume` it is the saved one.
+
+    Raises:
+        UserError: a value that is not allowed, or a flag that a training which goes on cannot change.
+    """
+    if not typed.get("resume"):
+        return TrainConfig(**typed)
+    saved = dataclasses.replace(saved_training(typed.get("out")), quiet=False, json=False)
+    return continued(saved, typed, FREE_ON_RESUME)
+
+
+def train(config: TrainConfig, console: Screen) -> int:
+    """Train, test once at the end, and print the result; return the exit code.
+
+    Raises:
+        UserError: the dataset is missing, the folder contains another training, or PyTorch cannot use the GPU.
+    """
+    from nkat_ray.train.device import own_device
+
+    if config.smoke and config.epochs < SMOKE_EPOCH:
+        raise UserError(f"epochs is {config.epochs}; --smoke needs at least {SMOKE_EPOCH}")
+    out = config.out or _default_folder() / f"train-{config.dataset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if not config.resume and (out / TRAINING_FILE).exists():
-        raise ValueError(
-            f"out is {str(out)!r}; it holds a training; continue it with --resume, or choose another folder"
+        raise UserError(
+            f"out is {str(out)!r}; it contains a training; continue it with --resume, or choose another folder"
         )
     dataset = _open(config, console)
-    images = select_images(dataset, _limits(config, dataset))  # refuses too many before anything is written
+    limits = Limits(validation_size(dataset.sizes["train"], config.val_images), config.train_images)
+    images = select_images(dataset, limits)  # refuses too many before anything is written
+    device = own_device()
     out.mkdir(parents=True, exist_ok=True)
-    (out / TRAINING_FILE).write_text(json.dumps(plain(dataclasses.asdict(config)), indent=2) + "\n")
-    return _train(config, dataset, images, out, console)
+    write_json(out / TRAINING_FILE, dataclasses.asdict(config))
+    return _train(config, dataset, images, device, out, console)
 
 
 def saved_training(out: Path | None) -> TrainConfig:
-    """Configuration of the training that --resume continues; the newest below `runs/` without a folder.
+    """Read the configuration of the training that --resume continues.
+
+    Args:
+        out: its folder; None for the newest training in $NKAT_STORAGE_PATH, else ./runs.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none, or another version wrote it.
     """
     if out is None:
-        found = sorted(Path("runs").glob(f"train-*/{TRAINING_FILE}"), key=lambda path: path.stat().st_mtime)
+        folder = _default_folder()
+        found = sorted(folder.glob(f"train-*/{TRAINING_FILE}"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise ValueError("there is no training to resume in runs/; give its folder with --out")
+            raise UserError(f"there is no training to resume in {folder}/; give its folder with --out")
         out = found[-1].parent
-    if not (out / TRAINING_FILE).exists():
-        raise ValueError(f"out is {str(out)!r}; it holds no training to resume")
-    saved = read_summary(out / TRAINING_FILE)
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
-    values = {key: value for key, value in values.items() if key in field_names(TrainConfig)}
-    folder = values.get("data_dir")
-    values["data_dir"] = Path(folder) if isinstance(folder, str) else folder
-    return TrainConfig(**{**values, "out": out})
+    path = out / TRAINING_FILE
+    if not path.exists():
+        raise UserError(f"out is {str(out)!r}; it contains no training to resume")
+    saved = read_summary(path)
+    unknown = sorted(saved.keys() - set(field_names(TrainConfig)))
+    if unknown:
+        raise UserError(
+            f"{path} has settings that NKAT-Ray {__version__} does not know: {', '.join(unknown)}; "
+            "resume with the version that wrote it"
+        )
+    return config_of_json(TrainConfig, saved, out=out)
+
+
+def _default_folder() -> Path:
+    """Return the folder of trainings without --out: $NKAT_STORAGE_PATH, else ./runs.
+
+    Raises:
+        UserError: it is a bucket.
+    """
+    storage_path = default_storage_path()
+    if is_uri(storage_path):
+        raise UserError(f"NKAT_STORAGE_PATH is {storage_path!r}; `nkat train` writes to a folder; give one with --out")
+    return Path(storage_path).expanduser()
 
 
 def _open(config: TrainConfig, console: Screen) -> Dataset:
     found = open_dataset(config.dataset, config, notice=lambda text: console.print(f"note: {text}", markup=False))
     if isinstance(found, Missing):
-        raise ValueError(
-            f"dataset {config.dataset!r} cannot be had: {found.reason}; `nkat data list` shows what there is"
-        )
+        raise UserError(f"dataset {config.dataset!r} is missing: {found.reason}; `nkat data list` shows what there is")
     return found
 
 
-def _train(config: TrainConfig, dataset: Dataset, images: Selection, out: Path, console: Screen) -> int:
-    import torch
+@dataclasses.dataclass
+class _Best:
+    """The epoch with the highest validation accuracy so far, and the newest epoch's accuracy."""
 
+    best: float = -math.inf
+    val_accuracy: float = math.nan
+    weights: bytes | None = None
+
+    def update(self, trainer: "Trainer", accuracy: float) -> None:
+        """Update with the result of one more epoch."""
+        self.val_accuracy = accuracy
+        if accuracy > self.best:
+            self.best, self.weights = accuracy, trainer.weights(val_accuracy=accuracy).to_bytes()
+
+
+def _train(
+    config: TrainConfig, dataset: Dataset, images: Selection, device: "torch.device", out: Path, console: Screen
+) -> int:
+    from nkat_ray.model import lambdas
+    from nkat_ray.train.session import create_trainer, training_data
+
+    with _progress_bar(console) as bar:
+        task = bar.add_task(dataset.name, total=config.epochs)
+        trainer = create_trainer(
+            TrialConfig(**{name: getattr(config, name) for name in field_names(TrialConfig)}),
+            training_data(images, dataset.traits, device),
+            seed=config.seed,
+            notice=bar.console.print,
+            on_step=lambda done: bar.update(task, completed=done),
+        )
+        best = _continue(trainer, out) if config.resume else _Best()
+        if trainer.epoch:
+            console.print(f"continued after epoch {trainer.epoch}")
+        found = lambdas(trainer.model, trainer.config)
+        finite = _run_epochs(config, trainer, best, found[config.lambda_model], out, console)
+    if not finite:
+        return _report_divergence(trainer.epoch, out, console)
+    if config.smoke:
+        return _smoke_verdict(best.val_accuracy, console)
+    assert best.weights is not None
+    _conclude(config, dataset, device, best.weights, found, out, console)
+    return DONE
+
+
+def _progress_bar(console: Screen) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn(),
+        TimeRemainingColumn(), console=console, disable=not is_live(console),
+    )  # fmt: skip
+
+
+def _continue(trainer: "Trainer", out: Path) -> _Best:
+    """Load the newest intact checkpoint; without one the training starts again."""
     from nkat_ray.train.checkpoint import first_whole_state
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn(),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task(config.dataset, total=config.epochs)
-        trainer, lambdas = _trainer(config, dataset, images, device, bar, task)
-        best, accuracy, weights = -math.inf, math.nan, None
-        folders = sorted((out / "checkpoints").glob("epoch_*"), reverse=True)
-        if config.resume and (found := first_whole_state(folders)) is not None:
-            trainer.load_state(found[1]["trainer"])
-            best, accuracy = found[1]["best"], found[1]["val_accuracy"]
-            weights = (found[0] / WEIGHTS_FILE).read_bytes()
-            console.print(f"continued after epoch {trainer.epoch}")
-        diverged, curve = False, _Curve(out / CURVES_FILE, trainer.epoch)
-        with TensorBoardLog(out / "tensorboard") as board:
-            for result in _until_smoke(config, trainer):
-                score = tpe_score(result.val_accuracy, lambdas[config.lambda_model]) if _finite(result) else math.nan
-                seen = {**trainer.attention_entropy(), **trainer.nkat_scalars()} if _finite(result) else {}
-                row = {**dataclasses.asdict(result), LOCAL_TPE: score, **seen}
-                board.on_result(0, row)
-                curve.add(row)
-                bar.update(task, completed=trainer.epoch)
-                console.print(_epoch_line(result, score, config.epochs), markup=False, highlight=False)
-                if not _finite(result):
-                    diverged = True
-                    break
-                accuracy = result.val_accuracy
-                if accuracy > best:
-                    best = accuracy
-                    weights = trainer.weights(
-                        dataset=dataset.name, grey=dataset.grey, val_accuracy=best, seed=config.seed
-                    ).to_bytes()
-                _checkpoint(out, {"trainer": trainer.state(), "best": best, "val_accuracy": accuracy}, weights)
-    if diverged:
-        text = (
-            f"the loss was not finite in epoch {trainer.epoch}: stopped; the last finite state is kept in "
-            f"{out}/checkpoints; a lower --lr or a smaller --clip_grad may help"
-        )
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-        console.conclude({"error": text, "folder": out.absolute(), "exit_code": FAULT}, [text])
-        return FAULT
-    assert weights is not None
-    if config.smoke:
-        return _smoke_verdict(accuracy, console)
-    _conclude(config, dataset, device, weights, lambdas, out, console)
-    return 0
+    found = first_whole_state(sorted((out / CHECKPOINTS_FOLDER).glob("epoch_*"), reverse=True))
+    if found is None:
+        return _Best()
+    folder, state = found
+    trainer.load_state(state["trainer"])
+    return _Best(state["best"], state["val_accuracy"], (folder / WEIGHTS_FILE).read_bytes())
 
 
-def _trainer(
-    config: TrainConfig, dataset: Dataset, images: Selection, device: Any, bar: Progress, task: TaskID
-) -> tuple[Any, dict[str, float]]:
-    import torch
-
-    from nkat_ray.model import count_nkat_parameters, count_parameters, create_nkat_vit
-    from nkat_ray.train.loop import ImageSet, Trainer
-
-    trial = TrialConfig(**{name: getattr(config, name) for name in field_names(TrialConfig)})
-    train = ImageSet(images.images, images.labels, images.train_index, device)
-    mean, std = train.statistics()
-    torch.manual_seed(config.seed)
-    model = create_nkat_vit(trial, num_classes=dataset.classes, grey=dataset.grey, mean=mean, std=std)
-    trainer = Trainer(
-        model, trial, train=train, val=ImageSet(images.images, images.labels, images.val_index, device),
-        num_classes=dataset.classes, flip=dataset.flip, mean=mean, std=std, seed=config.seed, device=device,
-        notice=bar.console.print, on_step=lambda done: bar.update(task, completed=done),
-    )  # fmt: skip
-    counts = {"nkat_parameters": count_nkat_parameters(model), "parameters": count_parameters(model)}
-    stem, width = trial.conv_stem, trial.embed_dim
-    return trainer, {name: lambda_theory(name, conv_stem=stem, embed_dim=width, **counts) for name in LAMBDA_MODELS}
+def _run_epochs(config: TrainConfig, trainer: "Trainer", best: _Best, lam: float, out: Path, console: Screen) -> bool:
+    """Train and write curve, TensorBoard and checkpoint after every epoch; return False if a loss was not finite."""
+    curve = _Curve(out / CURVES_FILE, trainer.epoch)
+    with TensorBoardLog(out / "tensorboard", base=config) as board:
+        for result in _until_smoke(config, trainer):
+            finite = math.isfinite(result.val_accuracy)
+            score = tpe_score(result.val_accuracy, lam) if finite else math.nan
+            blocks = {**trainer.attention_entropy(), **trainer.nkat_scalars()} if finite else {}
+            row = {**dataclasses.asdict(result), LOCAL_TPE: score, **blocks}
+            board.on_epoch(0, row)
+            curve.add(row)
+            console.print(_epoch_line(result, score, config.epochs), markup=False, highlight=False)
+            if not finite:
+                return False
+            best.update(trainer, result.val_accuracy)
+            state = {"trainer": trainer.state(), "best": best.best, "val_accuracy": best.val_accuracy}
+            _checkpoint(out, state, best.weights)
+    return True
 
 
 class _Curve:
-    """curves.parquet of a training, as trial 0, written after every epoch; a resumed one goes on after `epoch`."""
+    """curves.parquet of a training (as trial 0), written after every epoch; a resumed one continues after `epoch`."""
 
     def __init__(self, path: Path, epoch: int) -> None:
         self._path = path
-        self._rows = [row for row in read_curves(path) if row[EPOCH] <= epoch] if epoch and path.exists() else []
+        self._rows = [row for row in read_rows(path) if row[EPOCH] <= epoch] if epoch and path.exists() else []
         trained_s = self._rows[-1]["started_s"] + self._rows[-1]["epoch_s"] if self._rows else 0.0
         self._start = time.time() - trained_s
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Write one more epoch, as the trainer reported it."""
+        """Add an epoch that the trainer reported, and write the file."""
         self._rows.append({"trial": 0, **curve_row(row), "started_s": row["started_s"] - self._start})
         write_curves(self._path, self._rows)
 
 
-def _limits(config: TrainConfig, dataset: Dataset) -> Limits:
-    """As typed; a small dataset of one's own gives at most a fifth to validation."""
-    return Limits(min(config.val_images, dataset.sizes["train"] // VALIDATION_ONE_IN), config.train_images)
-
-
-def _until_smoke(config: TrainConfig, trainer: Any) -> Iterator[Any]:
-    """The epochs; with --smoke only the first ten."""
-    if config.smoke and trainer.epoch >= SMOKE_EPOCHS:
+def _until_smoke(config: TrainConfig, trainer: "Trainer") -> Iterator["EpochResult"]:
+    """Yield the trainer's epochs; with --smoke only the first ten."""
+    if config.smoke and trainer.epoch >= SMOKE_EPOCH:
         return
     for result in trainer.epochs():
         yield result
-        if config.smoke and result.epoch >= SMOKE_EPOCHS:
+        if config.smoke and result.epoch >= SMOKE_EPOCH:
             return
 
 
-def _finite(result: Any) -> bool:
-    return math.isfinite(result.val_accuracy)
-
-
-def _epoch_line(result: Any, score: float, epochs: int) -> str:
+def _epoch_line(result: "EpochResult", score: float, epochs: int) -> str:
     return (
         f"epoch {result.epoch}/{epochs}: loss {result.train_loss:.4f}, validation accuracy {result.val_accuracy:.4f}, "
         f"TPE {score:.3f}, lr {result.lr:.2e}, {result.images_per_s:.0f} images/s"
@@ -208,22 +306,32 @@ def _epoch_line(result: Any, score: float, epochs: int) -> str:
 def _checkpoint(out: Path, state: dict[str, Any], weights: bytes | None) -> None:
     from nkat_ray.train.checkpoint import save_state
 
-    folder = out / "checkpoints" / f"epoch_{state['trainer']['epoch']:05d}"
+    folder = out / CHECKPOINTS_FOLDER / f"epoch_{state['trainer']['epoch']:05d}"
     folder.mkdir(parents=True, exist_ok=True)
     if weights is not None:
         write_atomically(folder / WEIGHTS_FILE, weights)
     save_state(folder, state)
-    for old in sorted((out / "checkpoints").glob("epoch_*"))[:-CHECKPOINTS_KEPT]:
+    for old in sorted((out / CHECKPOINTS_FOLDER).glob("epoch_*"))[:-CHECKPOINTS_KEPT]:
         shutil.rmtree(old)
 
 
+def _report_divergence(epoch: int, out: Path, console: Screen) -> int:
+    text = (
+        f"the loss was not finite in epoch {epoch}: stopped; the last finite state is kept in "
+        f"{out}/{CHECKPOINTS_FOLDER}; a lower --lr or a smaller --clip_grad may help"
+    )
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.conclude({"error": text, "folder": out.absolute(), "exit_code": FAULT}, [text])
+    return FAULT
+
+
 def _smoke_verdict(accuracy: float, console: Screen) -> int:
-    """As the gate judges: the tenth epoch's own accuracy, not the best so far (docs/spec.md section 6.1)."""
+    """Print the verdict on the accuracy of the tenth epoch itself, as the gate does (docs/spec.md section 6.1)."""
     go = accuracy > SMOKE_ACCURACY
     code = DONE if go else NO_GO
     text = (
-        f"{'GO' if go else 'NO-GO'}: validation accuracy {accuracy:.4f} in epoch {SMOKE_EPOCHS}; "
-        f"the rule asks for more than {SMOKE_ACCURACY}"
+        f"{'GO' if go else 'NO-GO'}: validation accuracy {accuracy:.4f} in epoch {SMOKE_EPOCH}; "
+        f"the rule needs more than {SMOKE_ACCURACY}"
     )
     console.print(text, style="bold green" if go else "bold red", markup=False, highlight=False)
     console.conclude({"go": go, "val_accuracy": accuracy, "exit_code": code}, [text])
@@ -233,22 +341,22 @@ def _smoke_verdict(accuracy: float, console: Screen) -> int:
 def _conclude(
     config: TrainConfig,
     dataset: Dataset,
-    device: Any,
+    device: "torch.device",
     payload: bytes,
     lambdas: dict[str, float],
     out: Path,
     console: Screen,
 ) -> None:
-    """Read the test images, once, with the weights that were best on validation."""
+    """Test the best weights on validation, once, and write and print the result."""
     from nkat_ray.train.checkpoint import Weights
-    from nkat_ray.train.loop import ImageSet
+    from nkat_ray.train.images import ImageSet
     from nkat_ray.train.transfer import count_correct_of, save_weights
 
     weights = Weights.from_bytes(payload)
-    save_weights(weights, payload, out / "best")
+    save_weights(weights, payload, out / "best", class_names=dataset.class_names)
     test = dataset.load("test")
     n = len(test.labels)
-    correct = count_correct_of(weights, ImageSet(test.images, test.labels, None, device), device)
+    correct = count_correct_of(weights, ImageSet(test.images, test.labels, None, device))
     accuracy, (low, high) = correct / n, wilson_interval(correct, n)
     scores = {name: tpe_score(accuracy, lam) for name, lam in lambdas.items()}
     result = {
@@ -256,7 +364,7 @@ def _conclude(
         "test_accuracy": accuracy, "ci_low": low, "ci_high": high, "best_epoch": weights.epoch,
         "val_accuracy": weights.val_accuracy, "lambda": lambdas, "tpe": scores,
     }  # fmt: skip
-    (out / "result.json").write_text(json.dumps(plain(result), indent=2) + "\n")
+    write_json(out / "result.json", result)
     tpes = ", ".join(f"{name} {score:.3f} (lambda {lambdas[name]:.4g})" for name, score in scores.items())
     text = (
         f"{dataset.name}: test accuracy {accuracy:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {n}, "

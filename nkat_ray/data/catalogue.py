@@ -1,18 +1,19 @@
-"""Plain functions behind a data command: list, fetch and verify datasets. Each returns a row a dataset."""
+"""List, fetch and verify datasets, for `nkat data`. Each function returns one row per dataset."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from nkat_ray.config import DataConfig
-from nkat_ray.data import torchvision_layout
 from nkat_ray.data.cache import Memory, cache_folder
-from nkat_ray.data.dataset import SPLITS, DataError, Dataset, Missing
+from nkat_ray.data.dataset import SPLIT_WORDS, DataError, Dataset, Missing, Unavailable
 from nkat_ray.data.folder import open_folder
-from nkat_ray.data.parquet import pair_path, read_header
+from nkat_ray.data.image_folder import visible_folders
+from nkat_ray.data.layouts import VARIANTS, find, find_in
 from nkat_ray.data.sources import fetch_dataset
-from nkat_ray.data.spec import KNOWN, check_name
+from nkat_ray.data.spec import KNOWN, check_name, plain, resembles
 
 State = Literal["present", "verified", "unverified", "missing", "damaged"]
 Notice = Callable[[str], None]
@@ -20,12 +21,12 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """What is known of one dataset. `present` means found but not checked by this command."""
+    """The state of one dataset. `present` means found, but not checked by this command."""
 
     name: str
     state: State
     where: str
-    """Place and source of what was found, or why it is missing or damaged."""
+    """Location and source, or the reason why it is missing or damaged."""
     classes: int | None = None
     train: int | None = None
     test: int | None = None
@@ -33,24 +34,38 @@ class DatasetRow:
 
 
 def dataset_table(config: DataConfig) -> list[DatasetRow]:
-    """Known datasets, then own ones, as found in the data folder, or else in the cache. Reads headers only.
+    """List the known datasets, then the user's own, in the data folder or else in the cache; read headers only.
 
     Raises:
         DataError: the data folder does not exist.
     """
     folder = _folder(config)
-    return [_peek(name, folder) for name in _names(folder)]
+    rows = [_peek(name, folder) for name in [*KNOWN, *_own_names(folder)]]
+    if all(row.state == "missing" for row in rows):  # perhaps the folder itself is one dataset
+        itself = _peek(re.sub(r"[^A-Za-z0-9]+", "_", folder.resolve().name).strip("_") or "data", folder)
+        rows += [] if itself.state == "missing" else [itself]
+    return rows
 
 
 def verify(config: DataConfig, names: Sequence[str] = (), *, notice: Notice = lambda _: None) -> list[DatasetRow]:
-    """Check datasets anew, whatever is remembered of them; all that are found when no name is given.
+    """Check datasets again, regardless of earlier results.
+
+    Args:
+        config: names the data folder.
+        names: datasets to check; all that are found if empty.
+        notice: called with one line per dataset.
 
     Raises:
-        DataError: the data folder does not exist, or a name is not allowed.
+        DataError: the data folder does not exist or contains no dataset, or a name is not allowed.
     """
     folder = _folder(config)
+    wanted = names or [row.name for row in dataset_table(config) if row.state != "missing"]
+    if not wanted:
+        layouts = "Parquet files, class folders (NAME/train/<class>/*.png), or torchvision's files"
+        advice = f"expected: {layouts} (docs/data.md)" if config.data_dir else "`nkat data fetch`, or give --data_dir"
+        raise DataError(f"{folder} holds no dataset, so there is nothing to verify; {advice}")
     rows = []
-    for name in names or [row.name for row in dataset_table(config) if row.state != "missing"]:
+    for name in wanted:
         check_name(name)
         notice(f"checking {name}")
         rows.append(_check(name, folder))
@@ -58,7 +73,11 @@ def verify(config: DataConfig, names: Sequence[str] = (), *, notice: Notice = la
 
 
 def fetch(names: Sequence[str] = (), *, notice: Notice) -> list[DatasetRow]:
-    """Fetch datasets into the cache (all known ones when no name is given); those that are there stay as they are.
+    """Fetch datasets into the cache, unless they are there already.
+
+    Args:
+        names: datasets to fetch; all known ones if empty.
+        notice: called with one line per download.
 
     Raises:
         DataError: a name is not allowed.
@@ -74,34 +93,44 @@ def _folder(config: DataConfig) -> Path:
     return config.data_dir or cache_folder()
 
 
-def _names(folder: Path) -> list[str]:
-    own: set[str] = set()
-    for split in SPLITS:
-        ending = f"-{split}.parquet"
-        own |= {path.name.removesuffix(ending) for path in folder.glob(f"*{ending}")}
-    return [*KNOWN, *sorted(name for name in own - set(KNOWN) if name[0] != ".")]
+def _own_names(folder: Path) -> list[str]:
+    """List the user's own datasets in a folder: files NAME-train.parquet and sub-folders NAME."""
+    pattern = re.compile(r"([^.].*?)-(?:train|test)(?:-\d{5}-of-\d{5})?\.parquet")
+    entries = folder.iterdir() if folder.is_dir() else []
+    names = {match[1] for path in entries if (match := pattern.fullmatch(path.name))}
+    part_of_one = {*VARIANTS, *(word for words in SPLIT_WORDS.values() for word in words)}
+    for place in visible_folders(folder):
+        try:
+            if plain(place.name) not in part_of_one and find_in(place, visible_folders(place)):
+                names.add(place.name)
+        except DataError:  # its row states the problem
+            names.add(place.name)
+    known = {plain(name) for name in KNOWN}
+    return sorted(name for name in names if plain(name) not in known)
 
 
 def _peek(name: str, folder: Path) -> DatasetRow:
-    train, test = pair_path(folder, name, "train"), pair_path(folder, name, "test")
-    if not train.exists() and not test.exists():
-        if name in KNOWN and torchvision_layout.present(name, folder):
-            return DatasetRow(name, "present", f"{folder / torchvision_layout.place(name)} (torchvision's layout)")
-        return DatasetRow(name, "missing", f"not in {folder}")
     try:
-        headers = read_header(train), read_header(test)
+        check_name(name)
+        if not folder.is_dir():
+            raise Unavailable(f"not in {folder}")
+        layout, is_folder = find(name, folder)
+    except Unavailable:
+        return DatasetRow(name, "missing", f"not in {folder}")
     except DataError as error:
         return DatasetRow(name, "damaged", str(error))
-    where = f"{folder} ({headers[0].source})"
-    return DatasetRow(name, "present", where, len(headers[0].class_names), headers[0].rows, headers[1].rows)
+    classes = len(layout.class_names)
+    if is_folder and name in KNOWN and name not in resembles(layout.class_names if layout.named else None, classes):
+        return DatasetRow(name, "missing", f"{folder} is another dataset")
+    return DatasetRow(name, "present", layout.where, classes, layout.size("train"), layout.size("test"))
 
 
 def _check(name: str, folder: Path) -> DatasetRow:
     try:
-        found = open_folder(name, folder, Memory(cache_folder(), fresh=True)) if folder.is_dir() else None
+        missing = Missing(name, f"not in {folder}")
+        return _row(name, open_folder(name, folder, Memory(cache_folder(), fresh=True)) if folder.is_dir() else missing)
     except DataError as error:
         return DatasetRow(name, "damaged", str(error))
-    return _row(name, found or Missing(name, f"not in {folder}"))
 
 
 def _row(name: str, found: Dataset | Missing) -> DatasetRow:

@@ -1,200 +1,184 @@
-"""Finds and checks a dataset in a folder: the Parquet pair, or torchvision's own layout.
-
-How a file is judged:
+"""Open a dataset in a folder: find it (layouts.py) and check it by these rules.
 
 1. Unreadable, inconsistent or out of range (columns, metadata, labels, image sizes): damaged.
-2. Listed in the folder's `SHA256SUMS` (optional) with another digest: damaged.
+2. A Parquet file that the `SHA256SUMS` beside it (optional) lists with another digest: damaged.
 3. A known Parquet file (by SHA-256), or decoded content equal to a known release: verified. Known content under the
-   name of another known dataset, or of the other split: damaged, since training on test images must not happen by a
-   slip.
-4. Otherwise, a file that claims a known release, by its `source` text together with that release's number of images
-   (in torchvision's layout: by its place and that number), is damaged: its digest is wrong.
-5. Anything else is used: `verified` if SHA256SUMS listed both files, else "unverified". That includes a subset of a
-   known release, since no digest of it can be known.
+   name of another known dataset, or as the other split: damaged, so that test images are not used for training.
+4. Otherwise, a split that claims to be a known release, by its `source` text together with that release's number of
+   images (in torchvision's layout: by its location and that number): damaged, because its digest is wrong.
+5. Anything else is used: `verified` if SHA256SUMS listed all files, else "unverified". That includes a subset of a
+   known release, whose digest is unknown.
 
-Damaged is a `DataError`. Checks that ended well are remembered (`cache.Memory`).
+Damaged means a `DataError`. Results are stored (`cache.Memory`), so that the next start does not read the files again.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from nkat_ray.data import torchvision_layout
 from nkat_ray.data.cache import Check, Memory
-from nkat_ray.data.dataset import SPLITS, DataError, Dataset, Labels, Reader, Split, SplitName
+from nkat_ray.data.dataset import (
+    SPLITS,
+    DataError,
+    Dataset,
+    Labels,
+    Layout,
+    Missing,
+    Shape,
+    Split,
+    SplitName,
+    Unavailable,
+)
 from nkat_ray.data.digests import content_sha256, dataset_digest, file_sha256
-from nkat_ray.data.parquet import Header, pair_path, read_header, read_labels, read_split
-from nkat_ray.data.spec import KNOWN, claimed_release, identify_content, identify_file
+from nkat_ray.data.layouts import find
+from nkat_ray.data.spec import KNOWN, claimed_release, class_names_of, identify_content, identify_file, plain, resembles
 
-SUMS = "SHA256SUMS"
+SUMS: Final = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
-class ParquetReader:
-    """Reads a Parquet pair."""
+class LayoutReader:
+    """Read a dataset whose shape is known."""
 
-    folder: Path
-    name: str
+    layout: Layout
+    shape: Shape
 
     def load(self, split: SplitName, rows: Labels | None = None) -> Split:
         """Decode the images at `rows` (all when None)."""
-        return read_split(read_header(pair_path(self.folder, self.name, split)), rows)
+        return self.layout.load(split, self.shape, rows)
 
     def labels(self, split: SplitName) -> Labels:
-        """All labels of the split."""
-        return read_labels(read_header(pair_path(self.folder, self.name, split)))
+        """Read all labels of a split."""
+        return self.layout.labels(split)
 
 
-def open_folder(name: str, folder: Path, memory: Memory) -> Dataset | None:
-    """The dataset in this folder, checked; None when the folder holds nothing of that name.
+def open_folder(name: str, folder: Path, memory: Memory) -> Dataset | Missing:
+    """Find a dataset in a folder and check it; `Missing` says what was expected.
 
     Raises:
-        DataError: the folder does not exist, or what it holds is damaged (module docstring).
+        DataError: the folder does not exist, or the dataset is damaged (module docstring).
     """
-    if not folder.is_dir():
-        raise DataError(f"data folder {folder} does not exist or is no folder; name one with {name}-train.parquet")
-    present = [pair_path(folder, name, split) for split in SPLITS if pair_path(folder, name, split).exists()]
-    if len(present) == len(SPLITS):
-        return _open_pair(name, folder, memory)
-    if present:
-        other = next(pair_path(folder, name, split) for split in SPLITS if not pair_path(folder, name, split).exists())
-        raise DataError(f"{folder} holds {present[0].name} but not {other.name}; add it, or remove the other")
-    return _open_torchvision(name, folder)
-
-
-def _open_pair(name: str, folder: Path, memory: Memory) -> Dataset:
-    headers = {split: read_header(pair_path(folder, name, split)) for split in SPLITS}
-    _check_agreement(name, headers["train"], headers["test"])
-    sums = read_sums(folder)
-    checks = {split: _check_file(name, split, headers[split], sums, memory) for split in SPLITS}
-    listed = all(header.path.name in sums for header in headers.values())
-    return _dataset(
-        name,
-        headers["train"].class_names,
-        grey=headers["train"].grey,
-        flip=headers["train"].flip,
-        where=f"{folder / name}-*.parquet ({headers['train'].source})",
-        contents={split: check.content for split, check in checks.items()},
-        verified=listed or all(check.known for check in checks.values()),
-        sizes={split: header.rows for split, header in headers.items()},
-        reader=ParquetReader(folder, name),
-    )
-
-
-def _dataset(
-    name: str,
-    class_names: tuple[str, ...],
-    *,
-    grey: bool,
-    flip: bool,
-    where: str,
-    contents: dict[SplitName, str],
-    verified: bool,
-    sizes: dict[SplitName, int],
-    reader: Reader,
-) -> Dataset:
-    """The record of a checked dataset; a known name has its own flip rule."""
-    if contents["train"] == contents["test"]:
-        raise DataError(f"{where}: train and test hold the same images; accuracies would mean nothing: replace one")
+    try:
+        layout, is_folder = find(name, folder)
+        check = _check(layout, memory)
+        if is_folder and plain(folder.resolve().name) != plain(name):
+            _refuse_other_name(name, folder, layout, check)
+    except Unavailable as error:
+        return Missing(name, str(error))
+    verified = _judge(name, layout, check)
+    grey = check.shape[0] == 1
+    flip = layout.flip if layout.flip is not None else not grey
     return Dataset(
         name=name,
-        class_names=class_names,
+        class_names=class_names_of(name, layout),
         grey=grey,
         flip=KNOWN[name].flip if name in KNOWN else flip,
-        source=where if verified else f"{where}, unverified",
-        digest=dataset_digest(contents["train"], contents["test"]),
+        source=layout.where if verified else f"{layout.where}, unverified",
+        digest=dataset_digest(check.contents["train"], check.contents["test"]),
         verified=verified,
-        sizes={"train": sizes["train"], "test": sizes["test"]},
-        reader=reader,
+        sizes={split: check.sizes[split] for split in SPLITS},
+        reader=LayoutReader(layout, check.shape),
     )
 
 
-def _check_agreement(name: str, train: Header, test: Header) -> None:
-    """Both files describe the same dataset, and a known name its own colour."""
-    for field in ("class_names", "height", "width", "channels", "flip"):
-        ours, theirs = getattr(train, field), getattr(test, field)
-        if ours != theirs:
-            found = f"{train.path} and {test.path.name} differ in {field}: {ours} and {theirs}"
-            raise DataError(f"{found}; write both alike")
-    if name in KNOWN and train.channels != KNOWN[name].channels:
-        want = KNOWN[name].channels
-        raise DataError(f"{train.path} has {train.channels} channels; {name} has {want}: give the file another name")
-
-
-def _check_file(name: str, split: SplitName, header: Header, sums: dict[str, str], memory: Memory) -> Check:
-    remembered = memory.recall(header.path)
-    sha256 = remembered.sha256 if remembered else file_sha256(header.path)
-    listed = sums.get(header.path.name, sha256)
-    if listed != sha256:
-        raise DataError(f"{header.path} has SHA-256 {sha256}; {SUMS} expects {listed}: copy the file again")
-    check = remembered or Check(sha256, *_content(header, sha256))
-    _check_identity(name, split, header, check)
-    if remembered is None:
-        memory.remember(header.path, check)
+def _check(layout: Layout, memory: Memory) -> Check:
+    """Check a dataset's content, unless there is an earlier result; a known Parquet file is not decoded."""
+    files = [path for split in SPLITS for path in layout.files(split)]
+    if remembered := memory.recall(files):
+        return remembered
+    shape = layout.shape()
+    sha256 = {str(path): file_sha256(path) for path in files if path.suffix == ".parquet"}
+    contents, sizes = dict[SplitName, str](), dict[SplitName, int]()
+    for split in SPLITS:
+        digests = [sha256.get(str(path), "") for path in layout.files(split)]
+        known = identify_file(digests[0]) if len(digests) == 1 else None
+        if known:
+            contents[split], sizes[split] = known, len(layout.labels(split))
+        else:
+            images = layout.load(split, shape)
+            contents[split], sizes[split] = content_sha256(images), len(images)
+    check = Check(contents, sizes, shape, sha256)
+    memory.remember(files, check)
     return check
 
 
-def _content(header: Header, sha256: str) -> tuple[str, bool]:
-    """Digest of the decoded content and whether it is known; a known file need not be decoded."""
-    known = identify_file(sha256)
-    if known is not None:
-        return KNOWN[known[0]].release.contents[known[1]], True
-    content = content_sha256(read_split(header))
-    return content, identify_content(content) is not None
+def _refuse_other_name(name: str, folder: Path, layout: Layout, check: Check) -> None:
+    """Refuse a name for a folder that is itself one dataset, if the content is evidently another dataset.
 
+    A known name requires the classes and the colour of its dataset; a known dataset must not have another name.
 
-def _check_identity(name: str, split: SplitName, header: Header, check: Check) -> None:
-    """Known content is where it belongs, and a claim to be a release is true (rules 3 and 4)."""
-    known = identify_content(check.content)
-    if known is not None:
-        same_split = known[1] == split
-        if not same_split or (name in KNOWN and known[0] != name):
-            raise DataError(f"{header.path} holds {known[0]}'s {known[1]} images; put {name}'s {split} images there")
+    Raises:
+        Unavailable: it is another dataset.
+    """
+    known = identify_content(check.contents["train"])
+    names = resembles(layout.class_names if layout.named else None, len(layout.class_names), check.shape[0])
+    names = [known[0]] if known else names
+    if name in names or (name not in KNOWN and not (known or (names and layout.named))):
         return
-    claimed = claimed_release(header.source, header.rows, split)
+    classes = f"{len(layout.class_names)} classes: {', '.join(layout.class_names[:10])}"
+    what = f"{folder} is one dataset ({' or '.join(names) + ', ' if names else ''}{classes}), not {name}"
+    raise Unavailable(f"{what}; if it is {name} all the same, put it into a sub-folder of that name")
+
+
+def _judge(name: str, layout: Layout, check: Check) -> bool:
+    """Apply rules 2 to 5 of the module docstring.
+
+    Returns:
+        Whether the content is verified.
+
+    Raises:
+        DataError: the dataset is damaged.
+    """
+    if name in KNOWN and check.shape[0] != KNOWN[name].channels:
+        found = f"{layout.where} has {check.shape[0]} channels; {name} has {KNOWN[name].channels}"
+        raise DataError(f"{found}: give it another name")
+    listed = [_is_listed(Path(path), digest) for path, digest in check.files.items()]
+    known = [_is_known(name, split, layout, check) for split in SPLITS]
+    if check.contents["train"] == check.contents["test"]:
+        found = f"{layout.where}: train and test hold the same images"
+        raise DataError(f"{found}; accuracies would mean nothing: replace one")
+    return all(known) or (bool(listed) and all(listed))
+
+
+def _is_listed(path: Path, digest: str) -> bool:
+    """Return whether SHA256SUMS lists a file; raise a DataError if the digest differs."""
+    expected = read_sums(path.parent).get(path.name)
+    if expected not in (None, digest):
+        raise DataError(f"{path} has SHA-256 {digest}; {SUMS} expects {expected}: copy the file again")
+    return expected is not None
+
+
+def _is_known(name: str, split: SplitName, layout: Layout, check: Check) -> bool:
+    """Return whether the content of a split is known; raise a DataError for a wrong name, split or claim."""
+    content, size = check.contents[split], check.sizes[split]
+    known = identify_content(content)
+    if known is not None:
+        if known[1] != split or (name in KNOWN and known[0] != name):
+            found = f"{layout.where}: the {split} split holds {known[0]}'s {known[1]} images"
+            raise DataError(f"{found}; put {name}'s {split} images there")
+        return True
+    claimed = claimed_release(name, layout.source, size, split)
     if claimed is not None:
         expected = KNOWN[claimed].release.contents[split]
         raise DataError(
-            f"{header.path} claims to be {claimed} ({header.source}, {header.rows} images), but its digest is "
-            f"sha256:{check.content}, expected sha256:{expected}; copy it again, or change `source` if it is your own"
+            f"{layout.where}: its {split} split claims to be {claimed} ({size} images), but its digest is "
+            f"sha256:{content}, expected sha256:{expected}; get it again, or change `source` if it is your own"
         )
+    return False
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """File name to SHA-256, from the folder's optional SHA256SUMS (the format of `sha256sum`)."""
+    """Read a folder's optional SHA256SUMS (the format of `sha256sum`): file name to SHA-256.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     path = folder / SUMS
     if not path.exists():
         return {}
     try:
-        lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return {file.strip().lstrip("*").removeprefix("./"): digest.lower() for digest, file in lines}
     except (OSError, ValueError) as error:
         message = f"{path} cannot be read ({error}); make it again with `sha256sum *.parquet > {SUMS}`"
         raise DataError(message) from error
-
-
-def _open_torchvision(name: str, folder: Path) -> Dataset | None:
-    if name not in KNOWN or not torchvision_layout.present(name, folder):
-        return None
-    reader = torchvision_layout.TorchvisionReader(folder, name)
-    loaded = {split: reader.load(split) for split in SPLITS}
-    known = KNOWN[name]
-    contents = {split: content_sha256(loaded[split]) for split in SPLITS}
-    sizes = {split: len(loaded[split]) for split in SPLITS}
-    verified = all(known.release.contents[split] == contents[split] for split in SPLITS)
-    for split in SPLITS:
-        expected = known.release.contents[split]
-        if sizes[split] == known.release.sizes[split] and contents[split] != expected:
-            place = folder / torchvision_layout.place(name)
-            found = f"its {split} images have the digest sha256:{contents[split]}, expected sha256:{expected}"
-            raise DataError(f"{place} is {name} by its size, but {found}; download it again")
-    return _dataset(
-        name,
-        known.class_names,
-        grey=known.grey,
-        flip=known.flip,
-        where=f"{folder / torchvision_layout.place(name)} (torchvision's layout)",
-        contents=contents,
-        verified=verified,
-        sizes=sizes,
-        reader=reader,
-    )

@@ -1,163 +1,133 @@
-"""A folder of images, one sub-folder a class, becomes a Parquet pair (docs/data.md)."""
+"""Read folders of image files, one sub-folder per class, as in torchvision's ImageFolder.
 
-from collections.abc import Sequence
+With splits: `train/<class>/<image>` and `test/<class>/<image>`. Without: `<class>/<image>`, from which `nkat data
+import` draws test images.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-from nkat_ray.data.dataset import DataError, Images, Labels, Split, first_line
-from nkat_ray.data.parquet import pair_path, write_split
-from nkat_ray.data.spec import KNOWN, MAX_SIZE, check_name
-
-_GREY_MODES: Final = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I", "F")
+from nkat_ray.data.dataset import SPLIT_WORDS, DataError, Labels, SplitName
+from nkat_ray.data.pictures import Picture, PictureLayout, suffixes
 
 
-@dataclass(frozen=True)
-class ImportSummary:
-    """What an import made."""
+@dataclass(frozen=True, kw_only=True)
+class ImageFolders(PictureLayout):
+    """A dataset as folders of image files."""
 
-    name: str
-    class_names: tuple[str, ...]
-    grey: bool
-    height: int
-    width: int
-    train: int
-    """Images written to the training file."""
-    test: int
-    skipped: tuple[str, ...]
-    """Files that are no images by their suffix, relative to the folder."""
-    paths: tuple[Path, Path]
-    """The training and the test file."""
+    images: Mapping[SplitName, tuple[tuple[Path, int], ...]]
+    """Each image file with its label."""
+    left_out: Mapping[str, int]
+    """Kind of file -> number of files that are not used."""
+
+    def files(self, split: SplitName) -> tuple[Path, ...]:
+        """List the image files of a split, class by class."""
+        return tuple(path for path, _ in self.images.get(split, ()))
+
+    def size(self, split: SplitName) -> int:
+        """Count the images of a split."""
+        return len(self.images[split])
+
+    def labels(self, split: SplitName) -> Labels:
+        """Read all labels of a split, int64 (N,), from the class folders."""
+        return np.array([label for _, label in self.images[split]], np.int64)
+
+    def pictures(self, split: SplitName, rows: Labels | None = None) -> list[Picture]:
+        """Return the image files at `rows` (all when None)."""
+        files = self.files(split)
+        return [(path, str(path)) for path in (files if rows is None else [files[row] for row in rows])]
 
 
-def import_folder(
-    folder: Path, out_dir: Path, name: str, *, test_fraction: float = 0.2, seed: int = 0, flip: bool | None = None
-) -> ImportSummary:
-    """Write `<name>-{train,test}.parquet` into `out_dir` from `folder`/<class>/<image>.
+def describe(left_out: Mapping[str, int]) -> str:
+    """Describe the files that were left out; empty if there are none."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()) if count)
+    return kinds and f"{sum(left_out.values())} left out: {kinds}"
 
-    Images are turned upright by their EXIF tag, transparency becomes black, and the file is grey only if every image
-    is. When all images have one size of at most 32x32 they are kept as they are; otherwise each is resized to fit into
-    32x32 with its aspect kept, and padded with black. The test images are drawn by class, at least one of each.
 
-    Args:
-        test_fraction: share of each class that goes into the test file, 0 < test_fraction < 1.
-        flip: whether a mirrored image is still of its class; None: yes for colour, no for grey.
+def visible_folders(folder: Path) -> list[Path]:
+    """List sub-folders in alphabetical order, without those that operating systems create (`.x`, `__x`)."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [entry for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__"))]
+
+
+def split_folders(folder: Path) -> dict[SplitName, Path]:
+    """Find the folders of splits with class folders; empty if the sub-folders are classes themselves.
 
     Raises:
-        DataError: bad arguments, fewer than two classes, a class with one image, an unreadable image, or files there
-            already.
+        DataError: there are folders such as `train` and `test`, but without class folders.
     """
-    paths = _check_target(folder, out_dir, name, test_fraction)
-    classes = _classes(folder)
-    files, skipped = _image_files(folder, classes)
-    labels = np.array([classes.index(file.relative_to(folder).parts[0]) for file in files], np.int64)
-    images = _read_all(files)
-    is_test = _choose_test(labels, len(classes), test_fraction, seed)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for path, chosen in zip(paths, (~is_test, is_test), strict=True):
-        split = Split(images[chosen], labels[chosen])
-        source = f"images of folder {folder.resolve().name}"
-        write_split(path, split, class_names=classes, source=source, encoding="png", flip=flip)
-    _, channels, height, width = images.shape
-    test = int(is_test.sum())
-    return ImportSummary(name, classes, channels == 1, height, width, len(labels) - test, test, skipped, paths)
+    by_name = {path.name.lower(): path for path in visible_folders(folder)}
+    with_classes = {name: path for name, path in by_name.items() if visible_folders(path)}
+    found: dict[SplitName, Path] = {}
+    for split, words in SPLIT_WORDS.items():
+        if name := next((word for word in words if word in with_classes), None):
+            found[split] = with_classes[name]
+    only_splits = bool(by_name) and set(by_name) <= {word for words in SPLIT_WORDS.values() for word in words}
+    if "train" in found and (len(found) == len(SPLIT_WORDS) or only_splits):
+        return found
+    if only_splits:
+        raise DataError(f"{folder} holds {', '.join(by_name)} without class folders; expected: train/<class>/<image>")
+    return {}
 
 
-def _check_target(folder: Path, out_dir: Path, name: str, test_fraction: float) -> tuple[Path, Path]:
-    check_name(name)
-    if name in KNOWN:
-        raise DataError(f"name is {name!r}, a dataset that the system knows; give your own data another name")
-    if not 0 < test_fraction < 1:
-        raise DataError(f"test_fraction is {test_fraction}; allowed: 0 < test_fraction < 1")
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist or is no folder; name one with a sub-folder for each class")
-    train, test = pair_path(out_dir, name, "train"), pair_path(out_dir, name, "test")
-    for path in (train, test):
-        if path.exists():
-            raise DataError(f"{path} exists; remove it, or choose another name")
-    return train, test
+def open_folders(folders: Mapping[SplitName, Path]) -> ImageFolders:
+    """Describe image files in class folders; no image is opened.
+
+    Raises:
+        DataError: fewer than two classes, a class without a training image, or other classes among the test images.
+    """
+    class_names = tuple(path.name for path in visible_folders(folders["train"]))
+    if len(class_names) < 2:
+        found = f"{folders['train']} has {len(class_names)} sub-folders"
+        inner = f"; do you mean {folders['train'] / class_names[0]}?" if class_names else ""
+        raise DataError(f"{found}; needed: one for each of at least two classes{inner}")
+    images: dict[SplitName, tuple[tuple[Path, int], ...]] = {}
+    left_out: Counter[str] = Counter()
+    for split, folder in folders.items():
+        names = [path.name for path in visible_folders(folder)]
+        if strange := sorted(set(names) - set(class_names)):
+            raise DataError(f"{folder} has the classes {', '.join(strange)}, which {folders['train']} lacks; add them")
+        for entry in folder.iterdir():
+            if entry.name not in names:
+                left_out["hidden" if entry.name[0] == "." else "outside the class folders"] += 1
+        files = [(path, class_names.index(name)) for name in names for path in _image_files(folder / name, left_out)]
+        images[split] = tuple(files)
+    empty = set(range(len(class_names))) - {label for _, label in images["train"]}
+    if empty:
+        names = [class_names[label] for label in sorted(empty)]
+        readable = f"can be read: {' '.join(sorted(suffixes()))}"
+        found = f"{folders['train']}: no images in {', '.join(names)}; {describe(left_out) or 'they are empty'}"
+        raise DataError(f"{found}; {readable}: convert the images, or remove the folders")
+    places = " and ".join(map(str, folders.values()))
+    where = f"{places} ({'; '.join(filter(None, ('class folders', describe(left_out))))})"
+    return ImageFolders(where=where, class_names=class_names, images=images, left_out=left_out)
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
-    if len(names) < 2:
-        raise DataError(f"{folder} has {len(names)} sub-folders; needed: one for each of at least two classes")
-    for name in names:
-        if "," in name:
-            raise DataError(f"{folder / name}: a class name must not hold a comma; rename the folder")
-    return names
+def _image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Find the image files in a class folder, in alphabetical order; count the others by their kind."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, readable = [], suffixes()
+    for place, folders, files in os.walk(folder, onerror=fail):
+        left_out["linked folder"] += sum(Path(place, name).is_symlink() for name in folders)
+        for path in (Path(place, name) for name in files):
+            if path.suffix.lower() in readable and path.name[0] != "." and path.is_file():
+                found.append(path)
+            else:
+                left_out[_kind(path)] += 1
+    return sorted(found)
 
 
-def _image_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], tuple[str, ...]]:
-    """Image files in a fixed order, and what was skipped."""
-    suffixes = Image.registered_extensions()
-    files, skipped = [], []
-    for name in classes:
-        found = sorted(path for path in (folder / name).rglob("*") if path.is_file() and path.name[0] != ".")
-        images = [path for path in found if path.suffix.lower() in suffixes]
-        skipped += [str(path.relative_to(folder)) for path in found if path.suffix.lower() not in suffixes]
-        if len(images) < 2:
-            found_text = f"{folder / name} holds {len(images)} images"
-            raise DataError(f"{found_text}; needed: at least 2, one to train and one to test")
-        files += images
-    return files, tuple(skipped)
-
-
-def _read_all(files: Sequence[Path]) -> Images:
-    """(N, C, H, W): C is 1 only if all are grey."""
-    modes, sizes = zip(*(_mode_and_size(file) for file in files), strict=True)
-    mode = "L" if all(mode in _GREY_MODES for mode in modes) else "RGB"
-    uniform = len(set(sizes)) == 1 and max(sizes[0]) <= MAX_SIZE
-    width, height = sizes[0] if uniform else (MAX_SIZE, MAX_SIZE)
-    images = np.empty((len(files), 1 if mode == "L" else 3, height, width), np.uint8)
-    for row, file in enumerate(files):
-        pixels = np.asarray(_fit(_open(file, mode), (width, height)))
-        images[row] = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
-    return images
-
-
-def _mode_and_size(file: Path) -> tuple[str, tuple[int, int]]:
-    """Mode and upright size, without decoding."""
-    try:
-        with Image.open(file) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5..8 swap the sides
-            return image.mode, (image.height, image.width) if turned else image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} is no readable image ({first_line(error)}); remove or replace it") from error
-
-
-def _open(file: Path, mode: str) -> Image.Image:
-    try:
-        with Image.open(file) as opened:
-            opened.draft(mode, (2 * MAX_SIZE, 2 * MAX_SIZE))  # large JPEGs are decoded at a fraction of their size
-            return _to_mode(ImageOps.exif_transpose(opened), mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} is no readable image ({first_line(error)}); remove or replace it") from error
-
-
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """8 bits a channel, transparency over black."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert(mode)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert(mode)
-    return image.convert(mode)
-
-
-def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image if image.size == size else ImageOps.pad(image, size, Image.Resampling.LANCZOS)
-
-
-def _choose_test(labels: Labels, classes: int, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """True where an image goes into the test file."""
-    generator = np.random.default_rng(seed)
-    is_test = np.zeros(len(labels), np.bool_)
-    for label in range(classes):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        is_test[rows[: min(max(round(len(rows) * fraction), 1), len(rows) - 1)]] = True
-    return is_test
+def _kind(path: Path) -> str:
+    if path.name[0] == ".":
+        return "hidden"
+    if not path.exists():
+        return "dead link"
+    return path.suffix.lower() if path.is_file() and path.suffix else "other"

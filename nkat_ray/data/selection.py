@@ -1,4 +1,4 @@
-"""The images that a training uses, decoded once: its training and validation images, both from the training split."""
+"""Choose the training and validation images of a training, both from the training split."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,12 @@ from nkat_ray.config import STAGE1_DATASET, RunConfig
 from nkat_ray.data.dataset import Dataset, Images, Labels
 from nkat_ray.data.splits import split_validation
 
-VALIDATION_ONE_IN = 5  # of a small training split at most one image in so many is for validation
+VALIDATION_ONE_IN = 5  # of a small training split, at most one image in this many is for validation
+
+
+def validation_size(size: int, wanted: int) -> int:
+    """Return the number of validation images of a training split of `size` images: `wanted`, at most a fifth."""
+    return min(wanted, size // VALIDATION_ONE_IN)
 
 
 @dataclass(frozen=True)
@@ -23,25 +28,29 @@ class Selection:
 
 @dataclass(frozen=True)
 class Limits:
-    """How many images of a training split are used; train_images None takes all that validation leaves."""
+    """The numbers of images of a training split that are used; train_images None uses all but validation."""
 
     val_images: int
     train_images: int | None
 
 
 def training_limits(dataset: Dataset, run: RunConfig) -> Limits:
-    """What a run uses of a dataset. Stage 1's is as typed; those of the transfer may be smaller than CIFAR-10, so that
-    validation takes at most a fifth of their training split, and training at most what is left."""
+    """Return the numbers of images that a run uses of a dataset.
+
+    For Stage 1's dataset they are those of the configuration. The datasets of the transfer may be smaller than
+    CIFAR-10: validation uses at most a fifth of their training split, and training at most the rest.
+    """
     if dataset.name == STAGE1_DATASET:
         return Limits(run.val_images, run.train_images)
     size = dataset.sizes["train"]
-    val_images = min(run.val_images, size // VALIDATION_ONE_IN)
+    val_images = validation_size(size, run.val_images)
     return Limits(val_images, None if run.transfer_images is None else min(run.transfer_images, size - val_images))
 
 
 def select_images(dataset: Dataset, limits: Limits) -> Selection:
-    """Decode what a training uses of a dataset; both parts are stratified and fixed, and the validation images are the
-    same whatever the number of training images is.
+    """Decode the training and validation images of a training.
+
+    Both sets are stratified and fixed; the validation images do not depend on the number of training images.
 
     Raises:
         DataError: the training split is too small, or damaged.

@@ -1,4 +1,4 @@
-"""`open_dataset`: where a dataset comes from, in a fixed order, each source checked and named.
+"""`open_dataset`: find a dataset in the first source that has it, in a fixed order, and check it.
 
 1. `config.data == "synthetic"`: the generated suite, nothing else.
 2. `config.data_dir`: that folder, nothing else.
@@ -13,38 +13,37 @@ from typing import Final
 from filelock import FileLock
 
 from nkat_ray.config import DataConfig
-from nkat_ray.data import registry, synthetic, torchvision_source
+from nkat_ray.data import registry, synthetic, torchvision_files
 from nkat_ray.data.cache import Memory, cache_folder, fetch_lock
 from nkat_ray.data.dataset import SPLITS, DataError, Dataset, Missing, Pair, Unavailable
 from nkat_ray.data.digests import content_sha256, file_sha256
 from nkat_ray.data.folder import SUMS, open_folder, read_sums
-from nkat_ray.data.parquet import atomic_file, pair_path, write_split
+from nkat_ray.data.parquet import pair_path, write_split
 from nkat_ray.data.spec import KNOWN, check_name
+from nkat_ray.files import write_atomically
 
 Notice = Callable[[str], None]
 Fetcher = Callable[..., Pair]
 
-FETCHERS: Final[Sequence[Fetcher]] = (torchvision_source.fetch, registry.fetch)
+FETCHERS: Final[Sequence[Fetcher]] = (torchvision_files.fetch, registry.fetch)
 
 
 def open_dataset(name: str, config: DataConfig, *, allow_synthetic: bool = False, notice: Notice) -> Dataset | Missing:
     """Find a dataset and check it: digests, labels, shapes (an unknown file is decoded once to know).
 
     Args:
-        name: a known dataset (`KNOWN`), or the name of a Parquet pair in the data folder.
+        name: a known dataset (`KNOWN`), or the name of a dataset in the data folder.
         allow_synthetic: fall back to generated images when no source delivers and no data folder is given.
-        notice: called with one line for people: a download, a damaged cache, synthetic images.
+        notice: called with one line about each download, a damaged cache, or synthetic images.
 
     Raises:
-        DataError: the data folder does not exist or holds a damaged file; or the name is not allowed.
+        DataError: the data folder does not exist or contains a damaged file; or the name is not allowed.
     """
     check_name(name)
     if config.data == "synthetic":
         return _synthetic(name, notice)
     if config.data_dir is not None:
-        found = open_folder(name, config.data_dir, Memory(cache_folder()))
-        files = f"{name}-{{train,test}}.parquet, nor torchvision's files of it"
-        return found or Missing(name, f"{config.data_dir} holds no {files}")
+        return open_folder(name, config.data_dir, Memory(cache_folder()))
     result = fetch_dataset(name, notice=notice)
     if isinstance(result, Missing) and allow_synthetic and name in KNOWN:
         notice(f"{name}: {result.reason}")
@@ -60,14 +59,14 @@ def _synthetic(name: str, notice: Notice) -> Dataset | Missing:
 
 
 def fetch_dataset(name: str, *, notice: Notice) -> Dataset | Missing:
-    """The dataset from the cache, or fetched into it; processes on one machine share one download."""
+    """Open a dataset of the cache, or fetch it into the cache; processes on one machine share one download."""
     folder = cache_folder()
     try:
-        found = _cached(name, folder, lambda _: None)  # what looks damaged may be half written: the lock will tell
+        found = _cached(name, folder, lambda _: None)  # a file that seems damaged may be incomplete: wait for the lock
         if found is not None:
             return found
         if name not in KNOWN:
-            own = f"own data: put {name}-{{train,test}}.parquet into --data_dir"
+            own = f"own data: put {name}-{{train,test}}.parquet or a folder {name} into --data_dir"
             return Missing(name, f"unknown name; known: {', '.join(KNOWN)}; {own}")
         with fetch_lock(folder, name):
             return _cached(name, folder, notice) or _fetch(name, folder, notice)  # another process may have fetched it
@@ -76,21 +75,20 @@ def fetch_dataset(name: str, *, notice: Notice) -> Dataset | Missing:
 
 
 def _cached(name: str, folder: Path, notice: Notice) -> Dataset | None:
-    """The cached dataset; a damaged one is said so and fetched anew."""
-    if not folder.is_dir():
-        return None
+    """Open a cached dataset; a damaged one is reported and counts as absent."""
     try:
-        return open_folder(name, folder, Memory(folder))
+        found = open_folder(name, folder, Memory(folder)) if folder.is_dir() else None
     except DataError as error:
         notice(f"cached {name} is damaged and is fetched again: {error}")
         return None
+    return found if isinstance(found, Dataset) else None
 
 
 def _fetch(name: str, folder: Path, notice: Notice) -> Dataset:
-    """Ask each source in turn; what is kept was checked.
+    """Try each source in turn; store the first dataset that passes the checks.
 
     Raises:
-        Unavailable: no source delivered; its text has every reason.
+        Unavailable: no source delivered; the text has the reason of each.
     """
     reasons = []
     for fetcher in FETCHERS:
@@ -99,7 +97,7 @@ def _fetch(name: str, folder: Path, notice: Notice) -> Dataset:
             _check_release(name, pair)
             _store(name, pair, folder)
             found = open_folder(name, folder, Memory(folder))
-            assert found is not None  # it was just written
+            assert isinstance(found, Dataset)  # it was just written
             return found
         except (Unavailable, DataError) as error:
             reasons.append(str(error))
@@ -109,28 +107,22 @@ def _fetch(name: str, folder: Path, notice: Notice) -> Dataset:
 
 
 def _check_release(name: str, pair: Pair) -> None:
-    """The decoded content equals the known release, before anything is kept. EMNIST's full split has no known digest of
-    its content; torchvision checked its archive."""
+    """Refuse decoded content that differs from the known release, before it is stored.
+
+    The digest of EMNIST's full split is not known; torchvision has checked its archive.
+    """
     for split in SPLITS:
-        release, found = KNOWN[name].release, content_sha256(pair.split(split))
+        release, found = KNOWN[name].release, content_sha256(pair.splits[split])
         if name != "emnist_letters" and found != release.contents[split]:
             expected = release.contents[split]
             raise DataError(f"{pair.source}: digest of {split} is sha256:{found}, expected sha256:{expected}; not used")
 
 
 def _store(name: str, pair: Pair, folder: Path) -> None:
-    """Write the pair into the cache, atomically, and list its digests."""
-    for split in SPLITS:
-        path = pair_path(folder, name, split)
-        _list_digest(folder, path.name, None)  # an old digest must not meet the new file
-        write_split(path, pair.split(split), class_names=pair.class_names, source=pair.source)
-        _list_digest(folder, path.name, file_sha256(path))
-
-
-def _list_digest(folder: Path, file: str, digest: str | None) -> None:
-    """Enter a file in the cache's SHA256SUMS, or take it out."""
+    """Write a pair into the cache, then its digests; after a kill in between, the pair counts as damaged."""
+    paths = [pair_path(folder, name, split) for split in SPLITS]
+    for path, split in zip(paths, SPLITS, strict=True):
+        write_split(path, pair.splits[split], class_names=pair.class_names, source=pair.source)
     with FileLock(folder / f"{SUMS}.lock", timeout=60):
-        sums = {key: value for key, value in read_sums(folder).items() if key != file}
-        sums |= {} if digest is None else {file: digest}
-        with atomic_file(folder / SUMS) as temporary:
-            temporary.write_text("".join(f"{value}  {key}\n" for key, value in sorted(sums.items())))
+        sums = read_sums(folder) | {path.name: file_sha256(path) for path in paths}
+        write_atomically(folder / SUMS, "".join(f"{sums[file]}  {file}\n" for file in sorted(sums)).encode())

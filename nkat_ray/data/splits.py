@@ -1,14 +1,14 @@
-"""Fixed, stratified, seeded choices of images: the validation slice and subsets of the rest."""
+"""Draw fixed, stratified, seeded sets of images: the validation images, and subsets of the rest."""
 
 import numpy as np
 
 from nkat_ray.data.dataset import DataError, Labels
 
-_VALIDATION, _SUBSET = 1, 2  # streams of their own, so that the two choices are independent
+_VALIDATION, _SUBSET = 1, 2  # separate random streams, so that the two draws are independent
 
 
 def _quotas(counts: Labels, n: int) -> Labels:
-    """`n` shared out in proportion to `counts` by largest remainder, in integers: never off by one or more."""
+    """Distribute `n` in proportion to `counts` by largest remainder; each quota is within one of the exact share."""
     quotas: Labels
     quotas, rest = np.divmod(counts * n, counts.sum())
     quotas[np.argsort(-rest, kind="stable")[: n - quotas.sum()]] += 1
@@ -16,7 +16,7 @@ def _quotas(counts: Labels, n: int) -> Labels:
 
 
 def _stratified(labels: Labels, n: int, *, seed: int, stream: int) -> Labels:
-    """Sorted indices of `n` images, each class by its share, drawn by a generator of its own."""
+    """Draw sorted indices of `n` images, each class by its share, from a separate random stream."""
     classes, counts = np.unique(labels, return_counts=True)
     quotas = _quotas(counts.astype(np.int64), n)
     generator = np.random.default_rng([stream, seed])
@@ -28,7 +28,7 @@ def _stratified(labels: Labels, n: int, *, seed: int, stream: int) -> Labels:
 
 
 def stratified_subset(labels: Labels, n: int | None, seed: int = 0) -> Labels:
-    """Sorted indices of `n` images (all when None), each class within one of its proportional share.
+    """Draw sorted indices of `n` images (all when None), each class within one of its proportional share.
 
     Raises:
         DataError: n is not in 1..len(labels).
@@ -36,17 +36,16 @@ def stratified_subset(labels: Labels, n: int | None, seed: int = 0) -> Labels:
     if n is None:
         return np.arange(len(labels), dtype=np.int64)
     if not 1 <= n <= len(labels):
-        raise DataError(f"{n} images are asked for; allowed: 1..{len(labels)}, as the split holds {len(labels)}")
+        raise DataError(f"{n} images are wanted; allowed: 1..{len(labels)}, as the split has {len(labels)}")
     return _stratified(labels, n, seed=seed, stream=_SUBSET)
 
 
 def split_validation(
     labels: Labels, *, val_images: int, train_images: int | None, seed: int = 0
 ) -> tuple[Labels, Labels]:
-    """Training and validation indices into a training split: disjoint, stratified, sorted, int64.
+    """Draw training and validation indices into a training split: disjoint, stratified, sorted, int64.
 
-    The validation slice depends on the labels, `val_images` and `seed` alone, not on `train_images` (None: all that
-    validation leaves).
+    The validation images depend only on the labels, `val_images` and `seed`, not on `train_images` (None: all others).
 
     Raises:
         DataError: not enough images for both.

@@ -1,4 +1,4 @@
-"""NKAT-ViT. Importing this registers `nkat_vit` with timm."""
+"""NKAT-ViT. Importing this package registers `nkat_vit` with timm."""
 
 from nkat_ray.model.attention import NKATAttention, filtered_softmax
 from nkat_ray.model.stem import ColorWiseLayerNorm, ConvStem
@@ -7,10 +7,8 @@ from nkat_ray.model.vit import (
     count_nkat_parameters,
     count_parameters,
     create_nkat_vit,
-    load_pretrained,
-    replace_head,
+    lambdas,
     save_pretrained,
-    set_grey,
 )
 
 __all__ = [
@@ -22,8 +20,6 @@ __all__ = [
     "count_parameters",
     "create_nkat_vit",
     "filtered_softmax",
-    "load_pretrained",
-    "replace_head",
+    "lambdas",
     "save_pretrained",
-    "set_grey",
 ]

@@ -1,4 +1,4 @@
-"""What a network looked at while it predicted: the attention weights of one forward pass, and the NKAT scalars."""
+"""Capture the attention weights of a forward pass while the network predicts, and read the NKAT scalars."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ class Capture:
     """One forward pass of B images through L blocks of H heads over N tokens."""
 
     logits: Tensor
-    """(B, classes): the prediction."""
+    """(B, classes): scores of the prediction."""
     weights: Tensor
-    """(L, B, H, N, N), query then key: the attention weights that made it; each row sums to 1."""
+    """(L, B, H, N, N), query then key: the attention weights of this prediction; each row sums to 1."""
     kept: Tensor
-    """(L, B, H, N), int64: keys that the filter kept for each query. A kept key's weight may still underflow to 0."""
+    """(L, B, H, N), int64: number of keys that the filter kept per query. A kept key's weight may underflow to 0."""
 
 
 def capture_attention(model: NKATVisionTransformer, images: Tensor) -> Capture:
-    """Predict, and keep the attention weights and the filter's choices of that same pass.
+    """Predict, and capture the attention weights and the filter's choices of that same pass.
 
-    The layers take their explicit path for the time of the call: fused attention (no filter, or more than 64 tokens)
-    never has the weights in hand. The module is left as it was.
+    During the call the layers take their explicit path: fused attention (no filter, or more than 64 tokens) never
+    computes the weights as a tensor. The module is left as it was.
 
     Args:
         model: in evaluation mode.
@@ -36,17 +36,17 @@ def capture_attention(model: NKATVisionTransformer, images: Tensor) -> Capture:
 
     Raises:
         ValueError: the model is in training mode, where dropout would change the weights.
-        RuntimeError: a block's weights were not seen, do not sum to 1, or lie where the filter keeps nothing.
+        RuntimeError: a block's weights were not captured, do not sum to 1, or lie on keys that the filter dropped.
     """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
     layers = [block.attn for block in model.blocks]
     fused = [layer.fused_attn for layer in layers]
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
     masks: list[Tensor] = []
 
     def keep(_layer: nn.Module, _inputs: tuple[Tensor, ...], weights: Tensor) -> None:
-        seen.append(weights.detach())
+        captured.append(weights.detach())
 
     hooks = [layer.attn_drop.register_forward_hook(keep) for layer in layers]
     try:
@@ -60,39 +60,39 @@ def capture_attention(model: NKATVisionTransformer, images: Tensor) -> Capture:
             hook.remove()
             layer.fused_attn = before
             layer.__dict__.pop("_scores", None)  # the class's own again
-    if not len(seen) == len(masks) == len(layers):
-        raise RuntimeError(f"{len(seen)} of {len(layers)} blocks showed their attention weights")
-    weights, mask = torch.stack(seen), torch.stack(masks)
+    if not len(captured) == len(masks) == len(layers):
+        raise RuntimeError(f"{len(captured)} of {len(layers)} blocks passed their attention weights on")
+    weights, mask = torch.stack(captured), torch.stack(masks)
     if (weights[~mask] != 0).any():
         raise RuntimeError("attention weights lie on keys that the filter dropped")
-    found = Capture(logits, weights, mask.sum(-1))
-    if not row_error(found) <= ROW_TOLERANCE:
-        raise RuntimeError(f"attention weights sum to 1 only within {row_error(found):.2g}")
-    return found
+    capture = Capture(logits, weights, mask.sum(-1))
+    if not row_error(capture) <= ROW_TOLERANCE:
+        raise RuntimeError(f"attention weights sum to 1 only within {row_error(capture):.2g}")
+    return capture
 
 
 def _watched(layer: NKATAttention, masks: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The layer's scores as they are; what the filter keeps of them goes into `masks`."""
+    """Wrap a layer's scores function so that it also appends the filter's choice to `masks`."""
     scores_of = layer._scores
 
     def scores(q: Tensor, k: Tensor) -> Tensor:
-        found = scores_of(q, k)
-        masks.append(keep_mask(found, top_k=layer.top_k, top_p=layer.top_p))
-        return found
+        computed = scores_of(q, k)
+        masks.append(keep_mask(computed, top_k=layer.top_k, top_p=layer.top_p))
+        return computed
 
     return scores
 
 
 def row_error(capture: Capture) -> float:
-    """The largest distance of a row's sum from 1."""
+    """Return the largest difference between the sum of a row of weights and 1."""
     return float((capture.weights.sum(-1) - 1).abs().max())
 
 
 def plain_difference(model: NKATVisionTransformer, images: Tensor, capture: Capture) -> float:
-    """The largest distance of the captured logits from those of a pass without hooks, over the largest logit.
+    """Return the largest difference between captured logits and those of a pass without hooks, over the largest logit.
 
     Raises:
-        RuntimeError: they are not the same prediction.
+        RuntimeError: the difference is above the tolerance, so the predictions are not the same.
     """
     with torch.no_grad():
         plain = model(images)
@@ -103,7 +103,7 @@ def plain_difference(model: NKATVisionTransformer, images: Tensor, capture: Capt
 
 
 def nkat_scalars(model: NKATVisionTransformer) -> dict[str, list[float]]:
-    """Block by block: the learned `alpha`, `beta`, `attention_gain` and `mlp_gain`, and the fixed `strength`."""
+    """Return per block the learned `alpha`, `beta`, `attention_gain` and `mlp_gain`, and the fixed `strength`."""
     blocks = list(model.blocks)
     return {
         "alpha": [block.attn.modulation.alpha.item() for block in blocks],

@@ -1,4 +1,4 @@
-"""From an image to tokens: Color-wise LayerNorm, ConvStem, patches, and the colour streams of split heads.
+"""Layers from image to tokens: Color-wise LayerNorm, ConvStem, patches, and the colour streams of split heads.
 
 docs/spec.md section 3. Legend of shapes: B images, C channels, N tokens, D embedding width.
 """
@@ -18,11 +18,11 @@ COLOURS = 3
 
 
 class ColorWiseLayerNorm(nn.Module):
-    """LayerNorm over the colour channels at every pixel: `off`, `layernorm` (literal) or `residual` (x + LN(x)).
+    """LayerNorm over the colour channels at each pixel: `off`, `layernorm` (literal) or `residual` (x + LN(x)).
 
     Over three values it leaves one degree of freedom: brightness and saturation are lost, and a grey pixel becomes
-    exactly 0 (before the learned shift). So a model for grey images bypasses it: `bypass` is set from the model's
-    field `grey`, never guessed from pixels.
+    exactly 0 (before the learned shift). A model for grey images therefore bypasses it: `bypass` is set from the
+    model's field `grey`, never guessed from pixels.
     """
 
     def __init__(self, mode: ColorNorm, *, bypass: bool = False) -> None:
@@ -34,19 +34,19 @@ class ColorWiseLayerNorm(nn.Module):
         self.norm = nn.Identity() if mode == "off" else nn.LayerNorm(COLOURS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 3, H, W)."""
+        """Normalise: (B, 3, H, W) -> (B, 3, H, W)."""
         if self.bypass or self.mode == "off":
             return x
         normed: Tensor = rearrange(self.norm(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
         return x + normed if self.mode == "residual" else normed
 
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """Return the settings for print(model)."""
         return f"mode={self.mode}, bypass={self.bypass}"
 
 
 class ConvStem(nn.Sequential):
-    """Convolution, BatchNorm and GELU, two times (`tiny`) or three (`small`); `off` passes the image on.
+    """Convolution, BatchNorm and GELU, two times (`tiny`) or three times (`small`); `off` passes the image on.
 
     tiny: 3 -> 32 -> 64 channels, 19,584 parameters. small: 3 -> 64 -> 128 -> 128, the last at stride 1.
 
@@ -76,10 +76,10 @@ def _conv(inputs: int, outputs: int, *, stride: int) -> list[nn.Module]:
 
 
 class ColourEmbed(nn.Module):
-    """One embedding a colour and token, from that colour alone: the streams of Split-Head Attention.
+    """One embedding per colour and token, from that colour alone: the streams of Split-Head Attention.
 
-    A grouped convolution on the image, one group a channel, whose kernel and stride are one token's cell (computed as
-    one matrix product a colour).
+    A grouped convolution on the image, one group per channel, whose kernel and stride are one token's cell (computed as
+    one matrix product per colour).
 
     Args:
         dim: embedding width D.
@@ -92,7 +92,7 @@ class ColourEmbed(nn.Module):
         self.proj = nn.Conv2d(COLOURS, COLOURS * dim, cell, stride=cell, groups=COLOURS)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (3, B, N, D)."""
+        """Embed each colour: (B, 3, H, W) -> (3, B, N, D)."""
         side, weight = self.cell, rearrange(self.proj.weight, "(c d) 1 p q -> c (p q) d", c=COLOURS)
         cells = rearrange(image, "b c (h p) (w q) -> c (b h w) (p q)", p=side, q=side)
         bias = rearrange(cast(Tensor, self.proj.bias), "(c d) -> c 1 d", c=COLOURS)
@@ -100,10 +100,10 @@ class ColourEmbed(nn.Module):
 
 
 class NKATEmbed(PatchEmbed):
-    """Image -> tokens: Color-wise LayerNorm, ConvStem, then timm's patch embedding on the stem's map.
+    """Embed an image as tokens: Color-wise LayerNorm, ConvStem, then timm's patch embedding on the stem's map.
 
     With split heads the three colour streams are stacked before the fused tokens, so that everything between here
-    and block 0 (positions, dropout) treats the four alike. Streams come first: so each is contiguous.
+    and block 0 (positions, dropout) treats all four alike. The stream is the first axis, so that each is contiguous.
     """
 
     def __init__(
@@ -116,17 +116,17 @@ class NKATEmbed(PatchEmbed):
         self.colours = ColourEmbed(embed_dim, cell=self.feat_ratio()) if config.split_heads else None
 
     def feat_ratio(self, as_scalar: bool = True) -> Any:
-        """Side of a token's cell on the image, in pixels."""
+        """Return the side of a token's cell on the image, in pixels."""
         cell = self.patch_size[0] * self.stem.stride
         return cell if as_scalar else (cell, cell)
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the grid of tokens."""
+        """Return height and width of the grid of tokens (timm calls this)."""
         height, width = self.grid_size
         return height, width
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, 32, 32) -> (B, N, D), or (4, B, N, D) with split heads (red, green, blue, fused)."""
+        """Embed: (B, 3, 32, 32) -> (B, N, D), or (4, B, N, D) with split heads (red, green, blue, fused)."""
         if image.shape[1:] != (COLOURS, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"images are {tuple(image.shape)}; expected (B, {COLOURS}, {IMAGE_SIZE}, {IMAGE_SIZE})")
         fused = self._patches(self.stem(self.color_norm(image)))
@@ -135,7 +135,7 @@ class NKATEmbed(PatchEmbed):
         return torch.cat([self.colours(image), fused.unsqueeze(0)])
 
     def _patches(self, x: Tensor) -> Tensor:
-        """The patch convolution as one matrix product: tokens come out contiguous, not as a transposed map."""
+        """Apply the patch convolution as one matrix product: tokens come out contiguous, not as a transposed map."""
         side, _ = self.patch_size
         cells = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)
         return F.linear(cells, self.proj.weight.flatten(1), self.proj.bias)

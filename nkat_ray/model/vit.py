@@ -4,8 +4,6 @@ Registered with timm as `nkat_vit`; the options are `ModelConfig`'s fields. A sa
 `config.json`) is read back by `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 """
 
-import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -13,23 +11,43 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
 from timm.models import build_model_with_cfg, register_model
 from timm.models._hub import save_config_for_hf
-from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from nkat_ray.config import IMAGE_SIZE, ModelConfig, field_names
+from nkat_ray.files import write_atomically
+from nkat_ray.metrics import LAMBDA_MODELS, lambda_theory
 from nkat_ray.model.attention import NKATAttention, NKATModulation
 from nkat_ray.model.stem import NKATEmbed
 
 ARCHITECTURE = "nkat_vit"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+README_FILE = "README.md"
+HOW_TO_LOAD = """\
+# An NKAT-ViT
+
+Loading it needs the package `nkat_ray`, which registers the architecture `nkat_vit` with timm:
+
+```python
+import timm, torch
+import nkat_ray.model
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+logits = model(torch.zeros(1, 3, 32, 32))
+```
+
+`FOLDER` is this folder. Images are RGB, padded to 32 x 32 pixels, scaled to 0..1 and normalised with `mean` and `std`
+of config.json, where `label_names` are the classes in the order of the logits. `weights.safetensors` holds the same
+weights with the recipe of the training; `nkat evaluate` and `nkat explain` read it.
+"""
 Pool = Literal["", "avg", "avgmax", "max"]  # timm's poolings that need no class token
 HALF = (0.5, 0.5, 0.5)  # a neutral mean and std; training passes its split's own
 
@@ -54,23 +72,34 @@ class ResidualScalar(nn.Module):
         self.gain = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, unchanged."""
+        """Scale x, of any shape."""
         return x * self.gain
 
 
 class NKATBlock(nn.Module):
     """A pre-norm transformer block: x + gain * attention(LN(x)), then x + gain * MLP(LN(x)).
 
+    In training, stochastic depth (Huang et al. 2016, arXiv:1603.09382) skips each branch of an image at random and
+    divides the others by the probability of staying, as timm does.
+
     Args:
         dim: embedding width D.
         config: the model's configuration.
         depth: index of the block, from 0: nkat_strength decays with it, and block 0 may have split heads.
         norm_layer: constructor of a LayerNorm.
-        _timm: what else timm hands to a block; the configuration decides it here.
+        drop_path: probability per image that a branch is skipped in training (stochastic depth), 0..1.
+        _timm: timm's other options for a block; the configuration decides them here.
     """
 
     def __init__(
-        self, dim: int, *, config: ModelConfig, depth: int, norm_layer: Callable[[int], nn.Module], **_timm: Any
+        self,
+        dim: int,
+        *,
+        config: ModelConfig,
+        depth: int,
+        norm_layer: Callable[[int], nn.Module],
+        drop_path: float = 0.0,
+        **_timm: Any,
     ) -> None:
         super().__init__()
         self.split_heads = config.split_heads and depth == 0
@@ -85,16 +114,17 @@ class NKATBlock(nn.Module):
             dropout=config.dropout_attn,
             split_heads=self.split_heads,
         )
-        self.ls1 = ResidualScalar()  # timm's name for what scales a branch
+        self.ls1 = ResidualScalar()  # timm's name for the scale of a branch
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, hidden_features=int(dim * config.mlp_ratio))
         self.ls2 = ResidualScalar()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D), or (4, B, N, D) into split heads -> (B, N, D)."""
+        """Apply the block: (B, N, D), or (4, B, N, D) with split heads -> (B, N, D)."""
         fused = x[-1] if self.split_heads else x
-        x = fused + self.ls1(self.attn(self.norm1(x)))
-        out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+        x = fused + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        out: Tensor = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
         return out
 
 
@@ -123,29 +153,20 @@ class NKATVisionTransformer(VisionTransformer):
             depth=config.depth,
             class_token=False,
             pos_drop_rate=config.dropout_embed,
+            drop_path_rate=config.drop_path,
             embed_layer=partial(NKATEmbed, config=config, grey=grey),
             block_fn=partial(NKATBlock, config=config),
         )
-        self.config = config
+        self.config, self.grey = config, grey
         self._model_args = {**asdict(config), "grey": grey}  # what timm writes into config.json
-
-    @property
-    def grey(self) -> bool:
-        """Whether the model is for grey images: then Color-wise LayerNorm is bypassed."""
-        return bool(self.patch_embed.color_norm.bypass)
-
-    @grey.setter
-    def grey(self, grey: bool) -> None:
-        self.patch_embed.color_norm.bypass = grey
-        self._model_args = {**self._model_args, "grey": grey}
 
 
 @register_model
 def nkat_vit(pretrained: bool = False, **kwargs: Any) -> NKATVisionTransformer:
-    """Entry point of timm: `timm.create_model("nkat_vit", num_classes=10, conv_stem="tiny", patch_size=2, ...)`.
+    """Create the network through timm: `timm.create_model("nkat_vit", num_classes=10, conv_stem="tiny", ...)`.
 
     Options are `ModelConfig`'s fields with its defaults, `grey`, and timm's `num_classes` and `global_pool`. One
-    difference: timm drops options that are None, so a `top_k` or `top_p` that is not given is off here.
+    difference: timm drops options that are None, so an omitted `top_k` or `top_p` is off here.
 
     Raises:
         ValueError: a value out of range, or an input size that is not (3, 32, 32).
@@ -177,14 +198,14 @@ def create_nkat_vit(
     mean: Sequence[float] = HALF,
     std: Sequence[float] = HALF,
 ) -> NKATVisionTransformer:
-    """A new NKAT-ViT, with the same weights as timm.create_model gives at the same random state.
+    """Create a new NKAT-ViT; its weights are those of `timm.create_model` at the same random state.
 
     Args:
-        config: the configuration (of a subclass such as TrialConfig only ModelConfig's fields count).
+        config: the configuration; of a subclass such as TrialConfig only ModelConfig's fields are used.
         num_classes: classes, >= 1.
         grey: whether the dataset is grey.
-        mean: of each channel over the training split, 0..1.
-        std: of each channel over the training split, 0..1 units.
+        mean: mean of each channel over the training split, 0..1.
+        std: standard deviation of each channel over the training split, 0..1.
     """
     model = timm.create_model(
         ARCHITECTURE,
@@ -197,52 +218,37 @@ def create_nkat_vit(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Learned numbers in the model."""
+    """Count the learned parameters of a model."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_nkat_parameters(model: nn.Module) -> int:
-    """Learned NKAT scalars in the model: alpha, beta and two residual scalars, 4 a block."""
+    """Count the learned NKAT scalars of a model: alpha, beta and two residual scalars, 4 per block."""
     return sum(count_parameters(m) for m in model.modules() if isinstance(m, NKATModulation | ResidualScalar))
 
 
-def replace_head(model: NKATVisionTransformer, num_classes: int) -> None:
-    """Puts a fresh head for `num_classes` on the model, in place: the start of a transfer."""
-    model.reset_classifier(num_classes)
-    model.head.apply(init_weights_vit_timm)  # as every Linear of a new model starts
+def lambdas(model: nn.Module, config: ModelConfig) -> dict[str, float]:
+    """Return a network's lambda_theory under each of the three models (docs/spec.md section 2)."""
+    facts = {"nkat_parameters": count_nkat_parameters(model), "parameters": count_parameters(model)}
+    stem, width = config.conv_stem, config.embed_dim
+    return {name: lambda_theory(name, conv_stem=stem, embed_dim=width, **facts) for name in LAMBDA_MODELS}
 
 
-def set_grey(model: NKATVisionTransformer, grey: bool) -> None:
-    """Sets the model's field `grey`, in place."""
-    model.grey = grey
+def save_pretrained(model: NKATVisionTransformer, folder: str | Path, *, class_names: Sequence[str] = ()) -> None:
+    """Write `model.safetensors`, `config.json` and a README into `folder` (made if needed), each file atomically.
 
-
-def save_pretrained(model: NKATVisionTransformer, folder: str | Path) -> None:
-    """Writes `model.safetensors` and `config.json` into `folder` (made if needed), each file atomically."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, Path(scratch, WEIGHTS_FILE))
-        save_config_for_hf(model, str(Path(scratch, CONFIG_FILE)))
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(Path(scratch, name), folder / name)
-
-
-def load_pretrained(folder: str | Path) -> NKATVisionTransformer:
-    """The model saved in `folder`, bit-equal, in evaluation mode on the CPU. Nothing is unpickled.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the folder holds something else, or a damaged file.
+    Args:
+        model: the network.
+        folder: can be read with `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+        class_names: names of the classes, by label; they go into config.json as timm's `label_names`.
     """
     folder = Path(folder)
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; expected a folder that save_pretrained wrote")
-    try:
-        architecture = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("architecture")
-        if architecture != ARCHITECTURE:
-            raise ValueError(f"its architecture is {architecture!r}, not {ARCHITECTURE!r}")
-        return cast(NKATVisionTransformer, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
-    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} does not hold a readable NKAT-ViT: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, CONFIG_FILE)
+        save_config_for_hf(model, str(path), {"label_names": list(class_names)})
+        config = path.read_bytes()
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS_FILE, safetensors.torch.save(tensors))
+    write_atomically(folder / CONFIG_FILE, config)
+    write_atomically(folder / README_FILE, HOW_TO_LOAD.encode())

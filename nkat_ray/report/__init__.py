@@ -1,4 +1,4 @@
-"""What a run leaves behind, and how people read it: tables, scores, terminal, TensorBoard, HTML.
+"""Present a run: on the terminal during and after it, in TensorBoard, and as a page.
 
 Everything here reads results only. Importing it loads neither torch nor Ray.
 """

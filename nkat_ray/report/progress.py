@@ -1,270 +1,240 @@
-"""A run on the terminal while it goes on: a live display in 80 columns (rich).
+"""Show the progress of a run: a live display on a terminal and in a notebook, else lines (docs/spec.md section 7).
 
-Where the output is no terminal it degrades to plain lines, one a finished trial.
+The live display (live.py) has a bar for the stage, one per running trial, and in Stage 2 a grid of survivors and
+datasets. Lines about trials that have ended stay in the scrollback above it. tally.py counts and estimates.
 """
 
 import math
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
+from rich.progress import TaskID
 
+from nkat_ray.config import RunConfig
+from nkat_ray.data import Dataset, Missing
 from nkat_ray.metrics import EPOCH, LOCAL_TPE, NOTES_GATE, VAL_ACCURACY
-from nkat_ray.report.results import duration, number
-from nkat_ray.report.terminal import WIDTH, plain_table
+from nkat_ray.record.observer import Observer
+from nkat_ray.record.scoring import duration, number, stage2_status
+from nkat_ray.report.live import Cells, LiveDisplay, survivors_grid
+from nkat_ray.report.tally import Evaluations, Trials, survivor_cost
+from nkat_ray.report.terminal import NotebookScreen, is_live
+from nkat_ray.report.wording import accuracy_phrase, design_label
 
-RUNNING_SHOWN: Final = 12  # running trials listed; the rest is a count
-
-
-@dataclass
-class _Running:
-    """A trial in flight."""
-
-    epochs: int
-    epoch: int = 0
-    accuracy: float = math.nan
-    tpe: float = math.nan
+EPOCH_LINES: Final = 4  # plain lines per trial while it trains: after its first epoch and at each quarter
 
 
-class Progress:
-    """The live display of a search; plain lines where the output is no terminal; silent when quiet.
+class Progress(Observer):
+    """Show a run: an observer of it, and a context manager.
 
-    A context manager. It learns of the search only through its methods, which search's callbacks call from one thread.
+    On a terminal and in a notebook's own process there is a live display; in a pipe, a log or a notebook's `!command`
+    plain lines; nothing on a quiet console. Its methods are called from one thread.
 
     Args:
-        name: the run's name.
-        preset: its preset.
-        gate: Local TPE that a trial must reach.
-        data: one phrase for people on where the images come from.
-        epochs: epochs a trial trains when nothing stops it, for the time left.
+        config: the run.
+        datasets: the datasets of Stage 2, Stage 1's among them, for the header and the estimate of the time left.
+        title: display name of the run; default: its name.
         console: where to print; default: standard output.
-        quiet: print nothing.
-        clock: seconds, monotonic; for tests.
+        clock: monotonic seconds; for tests.
     """
 
     def __init__(
         self,
+        config: RunConfig,
+        datasets: Mapping[str, Dataset | Missing],
         *,
-        name: str,
-        preset: str,
-        gate: float,
-        data: str,
-        epochs: int,
+        title: str | None = None,
         console: Console | None = None,
-        quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.console = console or Console(highlight=False)
-        self._header = f"{name}  preset {preset}  gate {gate:.2f}" + (
-            "" if gate == NOTES_GATE else f" (the notes' gate is {NOTES_GATE:.2f})"
-        )
-        self._data = data
-        self._epochs = epochs
-        self._quiet = quiet
-        self._clock = clock
-        self._began = clock()
-        self._live: Live | None = None
-        self._lock = threading.Lock()  # rich's refresh thread reads what the search's thread writes
-        self._total = 0
-        self._ended: dict[int, str] = {}
-        self._ended_epochs: dict[int, int] = {}
-        self._running: dict[int, _Running] = {}
-        self._epochs_done = 0  # in this process: after a resume the rate must not count earlier ones
-        self._survivors: set[int] = set()
-        self._best = math.nan
-        self._best_trial = -1
-        self._stage2_total = 0
-        self._stage2_done = 0
-        self._stage2_began = 0.0
+        self._config, self._base, self._clock = config, vars(config.trial), clock
+        notes = "" if config.gate == NOTES_GATE else f" (the notes' gate is {NOTES_GATE:.2f})"
+        self._header = [
+            f"{title or config.name}  preset {config.preset}  gate {config.gate:.2f}{notes}",
+            *(f"data: {name}: {_source(dataset)}" for name, dataset in datasets.items()),
+        ]
+        self._notebook = self.console if isinstance(self.console, NotebookScreen) else None
+        self._live = (is_live(self.console) or self._notebook is not None) and not self.console.quiet
+        self._display = LiveDisplay(self.console, self._time_line, live=self._live)
+        self._stage: TaskID | None = None
+        self._began = self._training_began = clock()
+        self._estimate = (self._began, math.nan)  # seconds left of the whole run, and when that was estimated
+        self._trials = Trials(epochs=config.epochs)
+        self._tasks: dict[int, TaskID] = {}  # of the running trials
+        self._survivor_cost = survivor_cost(config, datasets)
+        self._stage2: Evaluations | None = None
 
     def __enter__(self) -> Self:
-        self._began = self._clock()
-        if self._quiet:
-            return self
-        if self.console.is_terminal:
-            self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2, transient=True)
-            self._live.start()
-        else:
-            self._line(self._header)
-            self._line(f"data: {self._data}")
+        self._began = self._training_began = self._clock()
+        for line in self._header:
+            self._line(line)
+        self._display.phase = "preparing"
+        self._display.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._display.stop()
 
-    def notice(self, text: str) -> None:
-        """Say something that stays on the screen."""
+    def on_tick(self) -> None:
+        """Draw the display of a notebook again; on a terminal a thread of rich does that."""
+        if self._notebook is not None:
+            self._notebook.refresh()
+
+    def on_notice(self, text: str) -> None:
+        """Print a line that stays on the screen."""
         self._line(f"note: {text}")
 
-    def on_start(self, total: int, ended: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Stage 1 begins with so many trials, of which some had ended before a resume (rows of trials.parquet)."""
-        with self._lock:
-            self._total = total
-            for row in ended:
-                self._count_end(row["trial"], row)
+    def on_stage1_start(self, total: int, ended: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Begin Stage 1 with `total` trials; `ended` are rows of trials.parquet of trials that have already ended."""
+        self._trials.total = total
+        for row in ended:
+            self._trials.end(row["trial"], row)
+        self._begin("Stage 1", total=total, completed=len(ended), unit="trials")
+        self._phase("starting workers")
+        self._refresh()
 
-    def on_trial_start(self, trial: int, config: Mapping[str, Any]) -> None:
-        """A trial has a slot and begins, or begins again after a fault."""
-        with self._lock:
-            self._running[trial] = _Running(epochs=int(config.get("epochs", self._epochs)))
+    def on_trial_start(self, trial: int, params: Mapping[str, Any]) -> None:
+        """Show a trial that begins, or begins again after a fault; `params` are the values proposed for it."""
+        if not self._trials.labels:  # the time that the first workers took says nothing about the trials to come
+            self._training_began = self._clock()
+        again = trial in self._trials.labels
+        self._trials.start(trial, design_label({**self._base, **params}))
+        self._show_trial(trial)
+        if not self._live:
+            self._line(f"trial {trial} starts{' again' if again else ''}: {self._trials.labels[trial]}")
+        self._refresh()
 
-    def on_result(self, trial: int, result: Mapping[str, Any]) -> None:
-        """A trial has finished an epoch."""
-        with self._lock:
-            running = self._running.setdefault(trial, _Running(epochs=self._epochs))
-            running.epoch = int(result[EPOCH])
-            running.accuracy = _nan(result.get(VAL_ACCURACY))
-            running.tpe = _nan(result.get(LOCAL_TPE))
-            self._epochs_done += 1
-            self._note_best(trial, running.tpe)
-
-    def on_trial_end(self, trial: int, row: Mapping[str, Any]) -> None:
-        """A trial has ended: its row of trials.parquet."""
-        with self._lock:
-            self._count_end(trial, row)
-            line = self._end_line(trial, row)
-        if self._live is None:
-            self._line(line)
+    def on_epoch(self, trial: int, row: Mapping[str, Any]) -> None:
+        """Show a trial's newest epoch; `row` is what the trial reported."""
+        self._trials.epoch(trial, row)
+        self._show_trial(trial)
+        self._refresh()
+        epoch, last = int(row[EPOCH]), self._config.epochs
+        quarter = epoch * EPOCH_LINES // last > (epoch - 1) * EPOCH_LINES // last
+        if not self._live and epoch < last and (epoch == 1 or quarter):
+            self._line(f"trial {trial}: epoch {epoch} of {last}, {_scores(row)} | {self._time_line()}")
 
     def on_survivor(self, trial: int) -> None:
-        """A trial has reached the gate."""
-        with self._lock:
-            self._survivors.add(trial)
-        if self._live is None:
+        """Mark a trial that has reached the gate."""
+        self._trials.survivors.add(trial)
+        if trial in self._trials.running:
+            self._show_trial(trial)
+        if not self._live:
             self._line(f"trial {trial} passed the gate")
+        self._refresh()
 
-    def stage2_start(self, total: int) -> None:
-        """Stage 2 begins with so many evaluations (survivors x datasets)."""
-        with self._lock:
-            self._stage2_total, self._stage2_done, self._stage2_began = total, 0, self._clock()
-        if self._live is None:
-            self._line(f"Stage 2: {total} evaluations")
+    def on_trial_end(self, trial: int, row: Mapping[str, Any]) -> None:
+        """Print the result of a trial; `row` is its row of trials.parquet."""
+        self._trials.end(trial, row)
+        if trial in self._tasks:
+            self._display.remove_task(self._tasks.pop(trial))
+        if self._stage is not None:
+            self._display.update(self._stage, completed=len(self._trials.ended))
+        self._refresh()
+        gate = ", passed the gate" if row.get("passed_gate") else ""
+        best = {VAL_ACCURACY: row.get("best_val_accuracy"), LOCAL_TPE: row.get("best_local_tpe")}
+        epochs = row.get("epochs") or 0
+        ended = f"{row.get('stop_reason')} after {epochs} epoch{'' if epochs == 1 else 's'}"
+        line = f"trial {trial}: {ended}{gate} | {_scores(best)}"
+        if self._live:  # the display has the count and the time
+            self._line(f"{line} | {self._trials.labels.get(trial, '')}".removesuffix(" | "))
+        else:
+            self._line(f"{line} | {len(self._trials.ended)} of {self._trials.total} done, {self._time_line()}")
 
-    def stage2_done(self, trial: int, dataset: str, row: Mapping[str, Any]) -> None:
-        """One survivor has been evaluated on one dataset: its row of stage2.parquet."""
-        with self._lock:
-            self._stage2_done += 1
-            done = f"{self._stage2_done} of {self._stage2_total} done, {self._time_line()}"
-        if self._live is None:
-            tested = row.get("test_accuracy") is not None
-            what, accuracy = ("test", row["test_accuracy"]) if tested else ("validation", row.get("val_accuracy"))
-            figure = f"{row['status']}, {what} accuracy {number(accuracy)}"
-            self._line(f"Stage 2: trial {trial} on {dataset}: {figure} | {done}")
+    def on_stage2_start(
+        self, survivors: Sequence[int], datasets: Sequence[str], done: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """Begin Stage 2; `done` are rows of stage2.parquet that an earlier driver wrote."""
+        self._stage2 = Evaluations(list(survivors), list(datasets), began=self._clock())
+        for row in done:
+            self._stage2.add(row, earlier=True)
+        for task in self._tasks.values():
+            self._display.remove_task(task)
+        self._tasks.clear()
+        if not self._live:
+            self._line(f"Stage 2: {self._stage2.total - self._stage2.done} evaluations")
+        self._begin("Stage 2", total=self._stage2.total, completed=self._stage2.done, unit="evaluations")
+        self._phase("starting workers")
+        self._refresh()
+
+    def on_stage2_row(self, row: Mapping[str, Any]) -> None:
+        """Show that a survivor was validated or tested on a dataset; `row` is its row of stage2.parquet."""
+        done = ""
+        if self._stage2 is not None:  # with `--feedback global` survivors are validated during Stage 1
+            self._stage2.add(row)
+            assert self._stage is not None
+            self._phase("")
+            self._display.update(self._stage, completed=self._stage2.done)
+            self._refresh()
+            done = f" | {self._stage2.done} of {self._stage2.total} done, {self._time_line()}"
+        if not self._live:
+            self._line(f"Stage 2: trial {row['trial']} on {row['dataset']}: {_evaluation(row)}{done}")
 
     def seconds_left(self) -> float:
-        """Estimated seconds until the stage ends, from the epochs done and remaining; NaN before there is any."""
-        now = self._clock()
-        if self._stage2_total:
-            left = self._stage2_total - self._stage2_done
-            return (now - self._stage2_began) / self._stage2_done * left if self._stage2_done else math.nan
-        if not self._epochs_done:
-            return math.nan
-        return (now - self._began) / self._epochs_done * self._epochs_left()
+        """Estimate the seconds until the run ends, both stages together; NaN before the first epoch has ended."""
+        trained = self._trials.epochs_done
+        rate = (self._clock() - self._training_began) / trained if trained else math.nan  # seconds per epoch
+        if self._stage2 is None:
+            return rate * (self._trials.epochs_left() + self._trials.expected_survivors() * self._survivor_cost)
+        elapsed = self._clock() - self._stage2.began
+        if self._stage2.cost_done:
+            return elapsed / self._stage2.cost_done * self._stage2.cost_left()
+        left = rate * len(self._stage2.survivors) * self._survivor_cost - elapsed
+        return left if math.isnan(left) else max(0.0, left)
 
-    def _epochs_left(self) -> float:
-        """Epochs still to train: trials to come count as long as the ended ones were (ASHA ends many early)."""
-        ended = self._ended_epochs.values()
-        typical = sum(ended) / len(ended) if ended else self._epochs
-        to_come = max(0, self._total - len(self._ended) - len(self._running))
-        return to_come * typical + sum(
-            max(0.0, min(r.epochs, max(typical, r.epoch)) - r.epoch) for r in self._running.values()
-        )
+    def _begin(self, stage: str, *, total: int, completed: int, unit: str) -> None:
+        if self._stage is not None:
+            self._display.remove_task(self._stage)
+        self._stage = self._display.add_task(stage, total=total, completed=completed, cells=Cells(unit))
 
-    def _count_end(self, trial: int, row: Mapping[str, Any]) -> None:
-        self._running.pop(trial, None)
-        self._ended[trial] = row.get("stop_reason") or "?"
-        self._ended_epochs[trial] = int(row.get("epochs") or 0)
-        if row.get("passed_gate"):
-            self._survivors.add(trial)
-        self._note_best(trial, _nan(row.get("best_local_tpe")))
+    def _phase(self, text: str) -> None:
+        """Show what the run waits for, until there are results to show."""
+        self._display.phase = text
+        if text and not self._live:
+            self._line(text)
 
-    def _note_best(self, trial: int, tpe: float) -> None:
-        if tpe > self._best or (math.isnan(self._best) and not math.isnan(tpe)):
-            self._best, self._best_trial = tpe, trial
+    def _show_trial(self, trial: int) -> None:
+        running = self._trials.running[trial]
+        row, passed = running.row, "  passed" if trial in self._trials.survivors else ""
+        scores = f"accuracy {number(row.get(VAL_ACCURACY))}  TPE {number(row.get(LOCAL_TPE))}{passed}"
+        cells = Cells("epochs", self._trials.labels.get(trial, ""), scores if running.epoch else "starting")
+        if trial not in self._tasks:
+            self._tasks[trial] = self._display.add_task(f"trial {trial}", total=None, cells=cells)
+        total = self._config.epochs if running.epoch else None  # before the first epoch the bar only pulses
+        self._display.update(self._tasks[trial], completed=running.epoch, total=total, cells=cells)
+        self._phase("")
 
-    def _end_line(self, trial: int, row: Mapping[str, Any]) -> str:
-        accuracy, tpe = number(row.get("best_val_accuracy")), number(row.get("best_local_tpe"))
-        gate = ", passed the gate" if row.get("passed_gate") else ""
-        what = f"trial {trial}: {row.get('stop_reason')} after {row.get('epochs') or 0} epochs{gate}"
-        state = f"{len(self._ended)} of {self._total} done, {self._time_line()}"
-        return f"{what} | accuracy {accuracy}, Local TPE {tpe} | {state}"
+    def _refresh(self) -> None:
+        """Update the parts of the display other than its bars."""
+        self._estimate = (self._clock(), self.seconds_left())
+        self._display.state = self._trials.summary()
+        self._display.grid = None if self._stage2 is None else survivors_grid(self._stage2)
+        self.on_tick()
 
     def _time_line(self) -> str:
-        left = self.seconds_left()
-        return duration(self._clock() - self._began) + ("" if math.isnan(left) else f", about {duration(left)} left")
+        now, (then, left) = self._clock(), self._estimate
+        estimate = "" if math.isnan(left) else f", about {duration(max(0.0, left - (now - then)))} left"
+        return duration(now - self._began) + estimate
 
     def _line(self, text: str) -> None:
-        if not self._quiet:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
-
-    def _render(self) -> RenderableType:
-        with self._lock:
-            data = Text(f"data: {self._data}", style="dim", no_wrap=True, overflow="ellipsis")
-            parts: list[RenderableType] = [Text(self._header, style="bold"), data]
-            parts.append(self._bar_line())
-            if self._running and not self._stage2_total:
-                parts.append(self._running_table())
-            parts.append(self._state_line())
-        return _Narrow(Group(*parts))
-
-    def _bar_line(self) -> Table:
-        stage2 = self._stage2_total > 0
-        done, total = (self._stage2_done, self._stage2_total) if stage2 else (len(self._ended), self._total)
-        grid = Table.grid(padding=(0, 1))
-        what = "Stage 2" if stage2 else "Stage 1"
-        unit = "evaluations" if stage2 else "trials"
-        grid.add_row(
-            what,
-            ProgressBar(total=max(1, total), completed=done, width=24),
-            f"{done}/{total} {unit}",
-            self._time_line(),
-        )
-        return grid
-
-    def _running_table(self) -> Table:
-        table = plain_table("")
-        table.title = None
-        for name in ("trial", "epoch", "val accuracy", "Local TPE", ""):
-            table.add_column(name, justify="right")
-        for trial, running in list(self._running.items())[:RUNNING_SHOWN]:
-            passed = "passed the gate" if trial in self._survivors else ""
-            epoch = f"{running.epoch}/{running.epochs}"
-            figures = number(running.accuracy), number(running.tpe)
-            table.add_row(str(trial), epoch, *figures, Text(passed, style="green"))
-        if len(self._running) > RUNNING_SHOWN:
-            table.add_row(f"+{len(self._running) - RUNNING_SHOWN}", "more", "", "", "")
-        return table
-
-    def _state_line(self) -> Text:
-        counts: dict[str, int] = {}
-        for reason in self._ended.values():
-            counts[reason] = counts.get(reason, 0) + 1
-        parts = [f"{reason} {n}" for reason, n in sorted(counts.items())]
-        best = "" if math.isnan(self._best) else f"best Local TPE {self._best:.3f} (trial {self._best_trial})"
-        return Text("  ".join(filter(None, [*parts, f"survivors {len(self._survivors)}", best])))
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class _Narrow:
-    """Renders its content in at most 80 columns, also on a wider terminal."""
-
-    def __init__(self, content: RenderableType) -> None:
-        self.content = content
-
-    def __rich_console__(self, console: Console, options: Any) -> Any:
-        yield from console.render(self.content, options.update(width=min(WIDTH, options.max_width)))
+def _source(dataset: Dataset | Missing) -> str:
+    return f"missing: {dataset.reason}" if isinstance(dataset, Missing) else dataset.source
 
 
-def _nan(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def _scores(row: Mapping[str, Any]) -> str:
+    return f"accuracy {number(row.get(VAL_ACCURACY))}, Local TPE {number(row.get(LOCAL_TPE))}"
+
+
+def _evaluation(row: Mapping[str, Any]) -> str:
+    status = stage2_status(row)
+    if status in ("missing", "failed"):
+        return f"{status}: {row.get('error')}"
+    return f"{accuracy_phrase(row)}, {status}" if status == "at chance" else accuracy_phrase(row)

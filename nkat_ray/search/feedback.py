@@ -1,110 +1,106 @@
-"""Closing the loop (`--feedback global`): a survivor's Stage 2 validation runs during Stage 1, and Optuna is told its
-Global TPE instead of its Local TPE.
+"""Give Optuna the survivors' Global TPE instead of their Local TPE (`--feedback global`).
 
-Nothing here is remembered beyond the journal: who waits, what has been validated with which weights, and what Optuna
-has been told are all read from it, so a resumed run goes on where it was.
+Survivors are validated on the datasets of Stage 2 while Stage 1 is still running (docs/spec.md section 6.1). The
+journal determines which survivors wait, which weights were validated and what Optuna knows, so that a resumed run
+continues where it stopped.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Protocol
 
-from nkat_ray.search.journal import RunState, TrialRecord
-from nkat_ray.search.searcher import FAILED_REASONS
+from nkat_ray.record.journal import RunState, TrialRecord
+
+if TYPE_CHECKING:
+    from nkat_ray.search.stage1 import Stage1
 
 
-class Stage2(Protocol):
-    """What Stage 2 offers to Stage 1. `search` does not know who it is."""
+class SurvivorValidation(Protocol):
+    """The part of Stage 2's validation that Stage 1 uses."""
 
     def submit(self, record: TrialRecord) -> None:
-        """Send out what is missing of a survivor's validation, with the best weights that it has now."""
+        """Submit the missing validations of a survivor, with the best weights that its trial has now."""
 
     def collect(self, *, wait: bool) -> None:
-        """Write what has been finished into the journal; `wait` until something has."""
+        """Write finished validations into the journal; with `wait`, wait briefly for one to finish."""
 
     def score(self, record: TrialRecord) -> float | None:
-        """Global TPE on validation with the trial's best weights; None unless all of it is in the journal, NaN where
-        nothing counts."""
+        """Return the validation Global TPE of a trial's best weights.
+
+        None until all datasets are in the journal; NaN if no dataset counts.
+        """
 
     @property
     def tasks(self) -> int:
-        """Tasks that were sent out and have not been collected."""
+        """Number of tasks that were submitted and not yet collected."""
 
     @property
     def busy(self) -> Collection[int]:
-        """Trials with such tasks."""
+        """Numbers of the trials with such tasks."""
 
 
 class Feedback:
-    """Decides when a survivor's validation starts, and tells Optuna when it is over.
+    """Schedule the survivors' validations, and report each survivor to Optuna when its validation is complete.
 
-    A survivor that has ended comes first, before any new trial: its weights are final and its slot is free. One that
-    still trains starts as soon as it passes only on a slot that no new trial would take; if it gets better afterwards,
-    it is validated again once it has ended.
+    A survivor that has ended takes precedence over new trials: its weights are final and its slot is free. A survivor
+    that is still training is validated only on a slot that no new trial needs; if its score improves afterwards, it is
+    validated again after its end.
 
     Args:
-        stage2: does the work.
-        state: the journal's.
+        validation: validates the survivors.
+        state: state of the journal.
         gate: Local TPE to reach.
-        slots: trials and tasks at a time, as it is now.
-        exhausted: whether no new trial will be proposed any more.
-        tell: tells Optuna of a trial; idempotent.
+        stage: Stage 1.
     """
 
-    def __init__(
-        self,
-        stage2: Stage2,
-        *,
-        state: RunState,
-        gate: float,
-        slots: Callable[[], int],
-        exhausted: Callable[[], bool],
-        tell: Callable[[TrialRecord], None],
-    ) -> None:
-        self._stage2, self._gate, self._slots, self._exhausted, self._tell = stage2, gate, slots, exhausted, tell
-        passed = (state.trials[trial] for trial in state.survivors(gate))
-        self._untold = {r.trial: r for r in passed if r.stop_reason not in FAILED_REASONS}
-        self._state = state
+    def __init__(self, validation: SurvivorValidation, state: RunState, gate: float, stage: "Stage1") -> None:
+        self._validation, self._state, self._gate, self._stage = validation, state, gate, stage
+        self._reported: set[int] = set()
         self._live: set[int] = set()
 
-    def on_trial_start(self, trial: int, params: Mapping[str, Any]) -> None:
-        """A trial has its slot."""
-        self._live.add(trial)
-
-    def on_survivor(self, trial: int) -> None:
-        """A trial has passed the gate."""
-        self._untold[trial] = self._state.trials[trial]
+    def on_trial_start(self, record: TrialRecord) -> None:
+        """Count a trial that occupies a slot."""
+        self._live.add(record.trial)
 
     def on_end(self, record: TrialRecord) -> None:
-        """A trial has ended; a survivor is told later, when its Global TPE is known."""
+        """Report an ended trial to Optuna, unless it is a survivor whose Global TPE is still unknown."""
         self._live.discard(record.trial)
-        if record.trial not in self._untold or record.stop_reason in FAILED_REASONS:
-            self._untold.pop(record.trial, None)
-            self._tell(record)
+        if record not in self._unreported():
+            self._stage.tell(record)
 
     def holds(self) -> bool:
-        """Whether a new trial would take a slot that a validation needs."""
+        """Return whether a new trial would occupy a slot that a validation needs."""
         self.advance()
-        waits = any(record.ended and record.trial not in self._stage2.busy for record in self._untold.values())
-        return waits or len(self._live) + self._stage2.tasks >= self._slots()
+        waits = any(record.ended and record.trial not in self._validation.busy for record in self._unreported())
+        return waits or not self._has_slot()
+
+    def score(self, record: TrialRecord) -> float | None:
+        """Return the value that Optuna receives for a survivor; None while it is unknown."""
+        return self._validation.score(record)
 
     def advance(self, *, wait: bool = False) -> None:
-        """Collect what is finished, tell what is known, send out what has a slot."""
-        self._stage2.collect(wait=wait and self._stage2.tasks > 0)
-        for record in sorted(self._untold.values(), key=lambda record: not record.ended):
-            if record.trial in self._stage2.busy:
+        """Collect finished validations, report complete ones to Optuna, and submit new ones to free slots."""
+        self._validation.collect(wait=wait and self._validation.tasks > 0)
+        for record in sorted(self._unreported(), key=lambda record: not record.ended):
+            if record.trial in self._validation.busy:
                 continue
-            known = self._stage2.score(record) is not None
+            known = self._validation.score(record) is not None
             if known and record.ended:
-                self._tell(record)
-                del self._untold[record.trial]
-            elif not known and self._has_slot() and (record.ended or self._exhausted()):
-                self._stage2.submit(record)
+                self._stage.tell(record)
+                self._reported.add(record.trial)
+            elif not known and self._has_slot() and (record.ended or self._stage.exhausted()):
+                self._validation.submit(record)
 
     def finish(self) -> None:
-        """Wait until Optuna has been told of every survivor; no trial runs any more."""
+        """Wait until every survivor is reported to Optuna; call this after the last trial has ended."""
         self._live.clear()
-        while self._untold:
+        while self._unreported():
+            self._stage.tick()
             self.advance(wait=True)
 
+    def _unreported(self) -> list[TrialRecord]:
+        """Return the survivors not yet reported to Optuna, except those that failed after passing the gate."""
+        survivors = (self._state.trials[number] for number in self._state.survivors(self._gate))
+        return [r for r in survivors if r.trial not in self._reported and not r.failed]
+
     def _has_slot(self) -> bool:
-        return len(self._live) + self._stage2.tasks < self._slots()
+        return len(self._live) + self._validation.tasks < self._stage.slots()

@@ -1,32 +1,17 @@
-"""Optuna's samplers, seeded, each as this search needs it."""
+"""Optuna's samplers with the settings that this search uses."""
 
-from collections.abc import Callable
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-
-GENERATION_SHARE = 5  # NSGA-II's population is a fifth of the trials: its usual 50 would be a random search
-GENERATION_RANGE = (4, 50)
+from nkat_ray.config import Sampler
 
 
-def make_sampler(name: str, *, seed: int, num_samples: int) -> BaseSampler:
-    """The sampler called `name`.
+def make_sampler(name: Sampler, *, seed: int) -> BaseSampler:
+    """Create a sampler.
 
     Args:
-        name: tpe, random, gp or nsga2.
-        seed: of its draws.
-        num_samples: trials of the whole run, which decide NSGA-II's population.
-
-    Raises:
-        ValueError: an unknown name.
+        name: tpe, random or gp.
+        seed: seed of its random draws, >= 0.
     """
-    low, high = GENERATION_RANGE
-    population = min(high, max(low, num_samples // GENERATION_SHARE))
-    makers: dict[str, Callable[[], BaseSampler]] = {
-        "tpe": lambda: TPESampler(seed=seed, multivariate=True, constant_liar=True),
-        "random": lambda: RandomSampler(seed=seed),
-        "gp": lambda: GPSampler(seed=seed),
-        "nsga2": lambda: NSGAIISampler(seed=seed, population_size=population),
-    }
-    if name not in makers:
-        raise ValueError(f"sampler is {name!r}; allowed: {', '.join(makers)}")
-    return makers[name]()
+    if name == "tpe":
+        return TPESampler(seed=seed, multivariate=True, constant_liar=True)
+    return RandomSampler(seed=seed) if name == "random" else GPSampler(seed=seed)

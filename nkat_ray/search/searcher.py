@@ -1,126 +1,103 @@
-"""OptunaSearch that knows how a trial ended, and a study that a killed driver finds again.
+"""Propose trials with Optuna and report to it how each one ended; the study survives a kill of the driver.
 
-The study lives in Optuna's own journal file in the run's folder, so that optuna-dashboard opens it. What Optuna is
-told: COMPLETE for a trial that finished or passed the gate, PRUNED (with the values on the way) for one that the
-scheduler or the gate stopped, FAIL for one whose score was not finite or that raised.
+The study is stored in Optuna's journal format in the run's folder, which optuna-dashboard can open.
 """
 
 import math
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Final, cast
 
 import numpy as np
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from nkat_ray.config import Domain
-from nkat_ray.files import STUDY_FILE
-from nkat_ray.metrics import EPOCH, LAMBDA_THEORY, LOCAL_TPE
-from nkat_ray.search.journal import Journal, TrialRecord, WarmTrial
+from nkat_ray.files import STUDY_FILE, without_cut_line
+from nkat_ray.metrics import GPU_KIND, LOCAL_TPE, SECONDS_LEFT
+from nkat_ray.record.journal import TrialRecord, WarmTrial
+from nkat_ray.record.run import Run
+from nkat_ray.record.study import open_study_file
+from nkat_ray.search.outcome import constraints, intermediate_values, outcome_of
 from nkat_ray.search.sampler import make_sampler
-from nkat_ray.search.space import distribution
+from nkat_ray.space import distribution
 
-STUDY_NAME = "nkat"
-GATE_CONSTRAINT = "gate"  # <= 0 where the trial passed; set only where the gate was really judged
-DUPLICATE_TRIES = 20  # draws before a repeated proposal is accepted: a small space may hold nothing new
-
-PRUNED_REASONS = ("asha", "smoke", "gate", "budget")
-JUDGED_REASONS = ("gate", "smoke", "finished")  # ends at which the gate had its full say
-FAILED_REASONS = ("nan", "error")  # nothing to learn from, also where the trial had passed before
-OBJECTIVES = {"local_tpe": LOCAL_TPE, "lambda": LAMBDA_THEORY}  # the words of --objective -> keys of a result
-DIRECTIONS = {LOCAL_TPE: "max", LAMBDA_THEORY: "min"}
-WARM_START = "warm_start"  # user attribute of a trial that an earlier run has had: "<run>/<number>"
+STUDY_NAME: Final = "nkat"
+DUPLICATE_TRIES: Final = 20  # draws before a duplicate is accepted: a small space may be exhausted
+WARM_START: Final = "warm_start"  # user attribute of a trial of an earlier run: "<run>/<number>"
 
 
 def trial_seed(run_seed: int, trial: int) -> int:
-    """Seed of a trial's weights and draws: follows from the run's seed and the trial's number alone."""
+    """Derive the seed of a trial from the run's seed and the trial's number, both >= 0."""
     return int(np.random.SeedSequence([run_seed, trial]).generate_state(1)[0])
 
 
-def best_local_tpe(record: TrialRecord) -> float | None:
-    """What a trial is worth by itself."""
-    best = record.best_row()
-    return None if best is None else float(best[LOCAL_TPE])
+class Pace:
+    """The limits that a stage sets to its searcher; the base class sets none."""
+
+    def slots(self) -> float:
+        """Return the number of trials that may run at the same time now."""
+        return math.inf
+
+    def closed(self) -> bool:
+        """Return whether no further trial may start."""
+        return False
+
+    def holds(self) -> bool:
+        """Return whether new trials must wait."""
+        return False
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds that a trial starting now may train, >= 0; None without a limit."""
+        return None
+
+    def gpu_kind(self, trial: int) -> str:
+        """Return the kind of GPU for a trial that starts now; empty for any."""
+        return ""
+
+    def score(self, record: TrialRecord) -> float | None:
+        """Return a survivor's value for Optuna: None while unknown (reported later), NaN if it failed."""
+        return record.best_score
 
 
 class GatedOptunaSearch(OptunaSearch):
-    """Proposes trials, numbers them, and tells Optuna how each one ended.
+    """Propose and number trials, and report to Optuna how each one ended.
+
+    Unfinished trials of the journal are proposed first, with the checkpoints to continue from. At its start the
+    searcher brings the study up to date with the journal, and adds the trials of an earlier run (`run.warm`) once.
 
     Args:
-        space: parameter -> domain.
-        folder: the run's local folder, for the study's file.
-        journal: the run's journal. Its unfinished trials are proposed first, with the checkpoints to continue from;
-            those that ended but were not yet told to Optuna are told now.
-        points: the first trials, in order; all parameters of the space.
-        num_samples: trials in all, those of earlier drivers included.
-        run_seed: seed of the sampler and, with its number, of each trial.
-        gate: Local TPE to reach.
-        sampler: tpe, random, gp or nsga2.
-        objective: local_tpe, or local_tpe,lambda: a study of two objectives.
-        warm: trials of an earlier run, told to the study once, before anything is proposed.
-        score: what a survivor is worth; None while that is not known, which leaves it untold, NaN fails it.
-        slots: how many trials may be under way at a time, as it is now.
-        closed: asked before each new trial; True proposes no more.
-        held: asked before each new trial; True proposes none for now.
+        run: the run: space, journal, folder (with the study's file), number of trials, seed, gate and sampler.
+        points: the first trials, in order, each with all parameters of the space.
+        pace: limits on new trials, and the value of a survivor.
     """
 
-    def __init__(
-        self,
-        space: Mapping[str, Domain],
-        *,
-        folder: Path,
-        journal: Journal,
-        points: Collection[Mapping[str, Any]],
-        num_samples: int,
-        run_seed: int,
-        gate: float,
-        sampler: str = "tpe",
-        objective: str = "local_tpe",
-        warm: Iterable[WarmTrial] = (),
-        score: Callable[[TrialRecord], float | None] = best_local_tpe,
-        slots: Callable[[], float] = lambda: math.inf,
-        closed: Callable[[], bool] = lambda: False,
-        held: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._journal, self._points, self._num_samples = journal, list(points), num_samples
-        self._run_seed, self._gate, self._score = run_seed, gate, score
-        self._slots, self._closed, self._held = slots, closed, held
-        self._objectives = [OBJECTIVES[word] for word in objective.split(",")]
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the terminal is the run's own display
-        # A resumed study goes on with other draws than the first ones: the seed follows from how far it is.
-        sampler_seed = trial_seed(run_seed, 1_000_000 + len(journal.state.trials))
-        self._distributions = {name: distribution(domain) for name, domain in space.items()}
-        modes = [DIRECTIONS[key] for key in self._objectives]
+    def __init__(self, run: Run, *, points: Collection[Mapping[str, Any]] = (), pace: Pace | None = None) -> None:
+        self._run, self._journal, self._gate = run, run.journal, run.config.gate
+        self._points, self._pace = list(points), pace or Pace()
+        self._begun: set[int] = set()  # trials that this driver has proposed
+        self._distributions = {name: distribution(domain) for name, domain in run.domains.items()}
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # keeps the run's own display intact
+        # The seed depends on the number of trials, so that a resumed study does not repeat its first draws.
+        sampler_seed = trial_seed(run.config.seed, 1_000_000 + len(run.state.trials))
         super().__init__(
             space=self._distributions,
-            metric=self._objectives if self._several else LOCAL_TPE,
-            mode=modes if self._several else "max",
-            sampler=make_sampler(sampler, seed=sampler_seed, num_samples=num_samples),
+            metric=LOCAL_TPE,
+            mode="max",
+            sampler=make_sampler(run.config.sampler, seed=sampler_seed),
             study_name=STUDY_NAME,
-            storage=JournalStorage(JournalFileBackend(str(_without_cut_line(folder / STUDY_FILE)))),
+            storage=open_study_file(without_cut_line(run.folder / STUDY_FILE)),
         )
-        if not space:  # all that could be searched is typed: the trials differ in their seeds alone
-            self._setup_study(modes if self._several else "max")
-        self._unfinished = [record for record in journal.state.trials.values() if not record.ended]
-        self._feed(warm)
-        self._tell_what_is_known()
-        # What was proposed before -> the study's number of the first such trial. An earlier run's do not count: here
-        # they would have another seed, and a survivor's weights are needed.
+        if not self._distributions:  # every parameter is fixed: the trials differ only in their seeds
+            self._setup_study("max")
+        self._add_earlier(run.warm)
+        self._catch_up()
+        # Proposed values -> number (in the study) of the first trial with them. An earlier run's trials are left out:
+        # repeating them is not redundant, since this run needs the weights of its survivors.
         self._proposed: dict[tuple[Any, ...], int] = {}
         for frozen in self.study.get_trials(deepcopy=False):
             if WARM_START not in frozen.user_attrs:
                 self._remember(frozen.params, frozen.number)
-
-    @property
-    def _several(self) -> bool:
-        """Whether the study has more than one objective: then Optuna takes no values on the way."""
-        return len(self._objectives) > 1
 
     @property
     def study(self) -> optuna.Study:
@@ -128,142 +105,77 @@ class GatedOptunaSearch(OptunaSearch):
         return cast(optuna.Study, self._ot_study)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its searcher with every snapshot; nothing here is restored from one."""
+        """Return an empty state: Tune pickles its searcher with every snapshot but never restores this one."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the study's file and the journal are the state."""
+        """Do nothing: the study's file and the journal hold the state."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a string
-        """The next trial: an unfinished one of an earlier driver, an enqueued point, or Optuna's proposal.
+        """Propose the next trial: an unfinished one of an earlier driver, an enqueued point, or Optuna's draw.
 
-        None for now where every slot has its trial, or while `held`.
+        Returns:
+            The parameters for `train_trial`; None if no slot is free or new trials must wait; FINISHED at the end.
         """
-        number = len(self._journal.state.trials)
-        if not self._unfinished and (number >= self._num_samples or self._closed()):
+        trials = self._journal.state.trials
+        unfinished = [record for record in trials.values() if not record.ended and record.trial not in self._begun]
+        if not unfinished and (len(trials) >= self._run.config.num_samples or self._pace.closed()):
             return Searcher.FINISHED
-        if self._journal.state.open_trials - len(self._unfinished) >= self._slots():
+        if sum(not trials[number].ended for number in self._begun) >= self._pace.slots():
             return None
-        if self._unfinished:
-            return self._continue(trial_id, self._unfinished.pop(0))
-        if self._held():
+        if not unfinished and self._pace.holds():
             return None
-        trial = self._ask(number)
-        self._ot_trials[trial_id] = trial
-        seed = trial_seed(self._run_seed, number)
-        self._journal.write("proposed", trial=number, params=trial.params, seed=seed, study_number=trial.number)
-        return {**trial.params, "trial": number, "seed": seed, "resume_from": []}
+        record = unfinished[0] if unfinished else self._propose(len(trials))
+        self._begun.add(record.trial)
+        return {
+            **record.params, "trial": record.trial, "seed": record.seed, "resume_from": record.checkpoints[::-1],
+            SECONDS_LEFT: self._pace.seconds_left(), GPU_KIND: self._pace.gpu_kind(record.trial),
+        }  # fmt: skip
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing yet: the values on the way are told at the end, the last one included."""
+        """Do nothing: `tell` reports the values of all epochs at the end."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing yet: the trial's reason is known once its end is in the journal; see `tell`."""
+        """Do nothing: `tell` reports the end, once it is in the journal with its reason."""
 
     def tell(self, record: TrialRecord) -> None:
-        """Tell Optuna how a trial ended, once what it is worth is known. Idempotent."""
+        """Report to Optuna how a trial ended; does nothing while its value is unknown, or when called again."""
         frozen = self._frozen(record.study_number)
-        verdict = self._verdict(record, self._score)
-        if verdict is None or frozen.state.is_finished():
+        outcome = outcome_of(record, self._gate, self._pace.score(record))
+        if outcome is None or frozen.state.is_finished():
             return
         trial = Trial(self.study, frozen._trial_id)
-        for epoch, value in self._on_the_way(record).items():
+        for epoch, value in intermediate_values(record).items():
             if epoch not in frozen.intermediate_values:
                 trial.report(value, epoch)
         trial.set_user_attr("trial", record.trial)
         trial.set_user_attr("stop_reason", record.stop_reason)
-        for name, value in self._constraints(record).items():
+        for name, value in constraints(record, self._gate).items():
             trial.set_constraint(name, value)
-        state, values = verdict
-        self.study.tell(trial, values, state=state)
-
-    def forget(self, record: TrialRecord) -> None:
-        """Do not continue an unfinished trial: it has been ended otherwise."""
-        self._unfinished.remove(record)
+        self.study.tell(trial, outcome.value, state=outcome.state)  # PRUNED: Optuna takes the last intermediate value
 
     def _frozen(self, number: int) -> FrozenTrial:
-        """A trial of the study by its number; the others are not looked at."""
+        """Return a trial of the study by its number, without copying all the others."""
         storage = self.study._storage
         return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number))
 
-    def _on_the_way(self, record: TrialRecord) -> dict[int, float]:
-        return {} if self._several else {row[EPOCH]: row[LOCAL_TPE] for row in record.finite_rows()}
-
-    def _constraints(self, record: TrialRecord) -> dict[str, float]:
-        best = record.best_row()
-        judged = best is not None and (record.passed(self._gate) or record.stop_reason in JUDGED_REASONS)
-        return {GATE_CONSTRAINT: self._gate - best[LOCAL_TPE]} if judged and best is not None else {}
-
-    def _verdict(
-        self, record: TrialRecord, score: Callable[[TrialRecord], float | None]
-    ) -> tuple[TrialState, list[float] | None] | None:
-        """What Optuna is told of an ended trial; None while that is not known."""
-        best = record.best_row()
-        if best is None or record.stop_reason in FAILED_REASONS:
-            return TrialState.FAIL, None
-        if record.stop_reason in PRUNED_REASONS and not record.passed(self._gate):
-            return TrialState.PRUNED, None  # Optuna takes the last value on the way
-        value = score(record)
-        if value is None:
-            return None
-        if not math.isfinite(value):
-            return TrialState.FAIL, None
-        return TrialState.COMPLETE, [value, *(best[key] for key in self._objectives[1:])]
-
-    def _feed(self, warm: Iterable[WarmTrial]) -> None:
-        """Tell the study of an earlier run's trials; those that it has been told of before are left out."""
+    def _add_earlier(self, warm: Iterable[WarmTrial]) -> None:
+        """Add an earlier run's trials to the study, except those that are already in it."""
         known = {frozen.user_attrs.get(WARM_START) for frozen in self.study.get_trials(deepcopy=False)}
         for one in warm:
-            verdict = self._verdict(one.record, lambda _, score=one.score: score)  # type: ignore[misc]
-            if one.name in known or verdict is None or verdict[0] is TrialState.FAIL:
+            outcome, values = outcome_of(one.record, self._gate, one.score), intermediate_values(one.record)
+            if one.name in known or outcome is None or outcome.state is TrialState.FAIL:
                 continue
-            (state, values), on_the_way = verdict, self._on_the_way(one.record)
-            if values is None and on_the_way:
-                values = [on_the_way[max(on_the_way)]]  # as Optuna itself does when it is told PRUNED
             trial = create_trial(
-                state=state, values=values, params=one.record.params, distributions=self._distributions,
-                intermediate_values=on_the_way, constraints=self._constraints(one.record),
+                state=outcome.state, value=values[max(values)] if outcome.value is None else outcome.value,
+                params=one.record.params, distributions=self._distributions, intermediate_values=values,
+                constraints=constraints(one.record, self._gate),
                 user_attrs={WARM_START: one.name, "stop_reason": one.record.stop_reason},
             )  # fmt: skip
             self.study.add_trial(trial)
 
-    def _continue(self, trial_id: str, record: TrialRecord) -> dict[str, Any]:
-        self._ot_trials[trial_id] = Trial(self.study, self._frozen(record.study_number)._trial_id)
-        return {**record.params, "trial": record.trial, "seed": record.seed, "resume_from": record.checkpoints[::-1]}
-
-    def _ask(self, number: int) -> Trial:
-        """A proposal that no earlier trial has had. A twin is told the other's result, so that the sampler moves on."""
-        if number < len(self._points):
-            self.study.enqueue_trial(dict(self._points[number]))
-            trial = self._ask_once()
-            self._remember(trial.params, trial.number)
-            return trial
-        for _ in range(DUPLICATE_TRIES if self._distributions else 0):
-            trial = self._ask_once()
-            first = self._remember(trial.params, trial.number)
-            if first == trial.number:
-                return trial
-            self._repeat(trial, self._frozen(first))
-        return self._ask_once()
-
-    def _repeat(self, trial: Trial, twin: FrozenTrial) -> None:
-        """Close a proposal that was tried before with what came of it then; FAIL while that is still running."""
-        for name, value in twin.constraints.items():
-            trial.set_constraint(name, value)
-        for epoch, value in twin.intermediate_values.items():
-            trial.report(value, epoch)
-        state = twin.state if twin.state.is_finished() else TrialState.FAIL
-        self.study.tell(trial, twin.values if state is TrialState.COMPLETE else None, state=state)
-
-    def _ask_once(self) -> Trial:
-        return self.study.ask(fixed_distributions=self._distributions)
-
-    def _remember(self, params: Mapping[str, Any], number: int) -> int:
-        """Take a proposal in; the number of the first trial that had these values."""
-        return self._proposed.setdefault(tuple(params.get(name) for name in self._distributions), number)
-
-    def _tell_what_is_known(self) -> None:
-        """Bring the study up to the journal after a kill: tell what ended, drop what the journal never saw."""
+    def _catch_up(self) -> None:
+        """Synchronise the study with the journal: report ended trials, fail those that the journal does not know."""
         records = {record.study_number: record for record in self._journal.state.trials.values()}
         for frozen in self.study.get_trials(deepcopy=False):
             record = records.get(frozen.number)
@@ -272,12 +184,39 @@ class GatedOptunaSearch(OptunaSearch):
             elif record is None and not frozen.state.is_finished():  # may be WAITING, which `tell` refuses
                 self.study._storage.set_trial_state_values(frozen._trial_id, TrialState.FAIL)
 
+    def _propose(self, number: int) -> TrialRecord:
+        """Draw a new trial and write it into the journal."""
+        trial, seed = self._draw(number), trial_seed(self._run.config.seed, number)
+        self._journal.write("proposed", trial=number, params=trial.params, seed=seed, study_number=trial.number)
+        return self._journal.state.trials[number]
 
-def _without_cut_line(path: Path) -> Path:
-    """Drop a last line that was cut short: Optuna would append to it and could never read the file again."""
-    if path.exists():
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(path, whole)
-    return path
+    def _draw(self, number: int) -> Trial:
+        """Draw new values; a duplicate gets its twin's result, so that the sampler does not draw it again."""
+        if number < len(self._points):
+            self.study.enqueue_trial(dict(self._points[number]))
+            trial = self._ask()
+            self._remember(trial.params, trial.number)
+            return trial
+        for _ in range(DUPLICATE_TRIES if self._distributions else 0):
+            trial = self._ask()
+            first = self._remember(trial.params, trial.number)
+            if first == trial.number:
+                return trial
+            self._repeat(trial, self._frozen(first))
+        return self._ask()
+
+    def _ask(self) -> Trial:
+        return self.study.ask(fixed_distributions=self._distributions)
+
+    def _remember(self, params: Mapping[str, Any], number: int) -> int:
+        """Remember a draw; return the number of the first trial with these values."""
+        return self._proposed.setdefault(tuple(params.get(name) for name in self._distributions), number)
+
+    def _repeat(self, trial: Trial, twin: FrozenTrial) -> None:
+        """Report a duplicate with its twin's result; as FAIL while the twin is still running."""
+        for name, value in twin.constraints.items():
+            trial.set_constraint(name, value)
+        for epoch, value in twin.intermediate_values.items():
+            trial.report(value, epoch)
+        state = twin.state if twin.state.is_finished() else TrialState.FAIL
+        self.study.tell(trial, twin.values if state is TrialState.COMPLETE else None, state=state)

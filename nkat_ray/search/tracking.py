@@ -1,43 +1,49 @@
-"""Experiment trackers that see every trial too: MLflow and Weights & Biases, through Ray's own callbacks (--log_to)."""
+"""Log every trial to an experiment tracker, MLflow or Weights & Biases, with Ray's callbacks (`--log_to`)."""
 
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from nkat_ray.config import RunConfig
+from nkat_ray.errors import UserError
 
 if TYPE_CHECKING:
     from ray.tune import Callback
 
-PROJECT = "nkat-ray"  # in Weights & Biases, unless $WANDB_PROJECT names another
-MLFLOW_FOLDER = "mlflow"
-MLFLOW_FILES = "MLFLOW_ALLOW_FILE_STORE"  # MLflow 3 refuses a folder without it, and a database needs the whole package
+PROJECT: Final = "nkat-ray"  # project in Weights & Biases, unless $WANDB_PROJECT is set
+UPLOAD_S: Final = 60  # longest wait for uploads to Weights & Biases at the end of Stage 1; Ray's default is 1,800
+MLFLOW_FOLDER: Final = "mlflow"
+MLFLOW_FILES: Final = "MLFLOW_ALLOW_FILE_STORE"  # MLflow 3 refuses a folder without it; a database needs more packages
 
 
 def refuse_absent(run: RunConfig) -> None:
-    """Refuse, before any work, a tracker that could not be told anything.
+    """Refuse a tracker that is not usable.
 
     Raises:
-        ValueError: its package is not installed, or Weights & Biases has no key.
+        UserError: its package is not installed, or Weights & Biases has no API key.
     """
     if run.log_to == "off":
         return
     if importlib.util.find_spec(run.log_to) is None:
-        raise ValueError(
+        raise UserError(
             f"log_to is {run.log_to!r}; that package is not installed; "
             f"`uv sync --extra {run.log_to}` adds it, --log_to off does without"
         )
     if run.log_to == "wandb":
         for callback in trackers_of(run, Path()):
-            callback.setup()  # a missing key is found here
+            try:
+                callback.setup()  # looks for a key
+            except ValueError as error:
+                advice = "set WANDB_API_KEY, type `wandb login`, or set WANDB_MODE=offline"
+                raise UserError(f"log_to is {run.log_to!r}; it has no API key; {advice}") from error
 
 
 def trackers_of(run: RunConfig, folder: Path) -> "list[Callback]":
-    """Tune's callbacks that tell the tracker; none without one.
+    """Return Tune's callbacks that log to the run's tracker; an empty list if it has none.
 
     Args:
-        run: the run; its name becomes MLflow's experiment, or the group in Weights & Biases.
+        run: configuration; the run's name becomes the experiment in MLflow or the group in Weights & Biases.
         folder: the run's local folder.
     """
     if run.log_to == "mlflow":
@@ -48,9 +54,23 @@ def trackers_of(run: RunConfig, folder: Path) -> "list[Callback]":
             os.environ.setdefault(MLFLOW_FILES, "true")
             uri = (folder / MLFLOW_FOLDER).absolute().as_uri()
         return [MLflowLoggerCallback(tracking_uri=uri, experiment_name=run.name)]
-    if run.log_to == "wandb":
-        from ray.air.integrations.wandb import WandbLoggerCallback
+    return [_wandb_callback(run)] if run.log_to == "wandb" else []
 
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
-        return [WandbLoggerCallback(project=project, group=run.name, excludes=["resume_from"])]
-    return []
+
+def _wandb_callback(run: RunConfig) -> "Callback":
+    from ray.air.integrations.wandb import WandbLoggerCallback
+
+    class WandbLogger(WandbLoggerCallback):
+        """Ray's callback, except that it also ends the logging processes of interrupted trials.
+
+        Ray waits for the logging processes of all trials, but does not stop those of interrupted ones.
+        """
+
+        def on_experiment_end(self, trials: Any, **info: Any) -> None:
+            """Ask the remaining processes to finish, then wait for them."""
+            for trial in list(self._trial_logging_actors):
+                self._signal_logging_actor_stop(trial)
+            super().on_experiment_end(trials, **info)
+
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    return WandbLogger(project=project, group=run.name, excludes=["resume_from"], upload_timeout=UPLOAD_S)

@@ -1,10 +1,11 @@
-"""A trial as Ray Tune runs it: a thin adapter between `train.loop` and Tune's reports and checkpoints."""
+"""Train a trial on a worker: a thin adapter between the `Trainer` and Ray Tune's reports and checkpoints."""
 
 import math
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,39 +15,41 @@ from ray import tune
 from ray.actor import ActorHandle
 
 from nkat_ray.config import RunConfig, TrialConfig
+from nkat_ray.cost import GIB, GPU_CONTEXT_BYTES, peak_bytes
+from nkat_ray.data.dataset import Traits
 from nkat_ray.data.selection import Selection
-from nkat_ray.files import WEIGHTS_FILE, write_atomically
-from nkat_ray.metrics import BEST_LOCAL_TPE, LAMBDA_THEORY, LOCAL_TPE, NOTICES, lambda_theory, tpe_score
-from nkat_ray.model import count_nkat_parameters, count_parameters, create_nkat_vit
-from nkat_ray.search.resources import CPU_MEMORY_FRACTION, GPU_OVERHEAD_BYTES, cpu_micro_batch, peak_bytes
-from nkat_ray.search.space import trial_config
+from nkat_ray.files import WEIGHTS_FILE
+from nkat_ray.metrics import (
+    BEST_LOCAL_TPE,
+    LAMBDA_THEORY,
+    LOCAL_TPE,
+    NOTICES,
+    SECONDS_LEFT,
+    tpe_score,
+)
+from nkat_ray.model import count_nkat_parameters, count_parameters, lambdas
+from nkat_ray.search.stops import at_last_epoch, out_of_time
 from nkat_ray.search.vault import deposit
-from nkat_ray.train.checkpoint import first_whole_state, save_state
+from nkat_ray.space import trial_config
+from nkat_ray.train.checkpoint import STATE_FILE, first_whole_state, state_bytes
 from nkat_ray.train.device import device_for
-from nkat_ray.train.loop import EpochResult, ImageSet, Trainer
+from nkat_ray.train.loop import EpochResult, Trainer
+from nkat_ray.train.session import create_trainer, training_data
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage1Data:
-    """CIFAR-10's training images as every trial sees them: one copy a node, in the object store."""
+class Stage1Data(Traits):
+    """CIFAR-10's images for Stage 1, shared by all trials: one copy per node, in the object store."""
 
-    name: str
     selection: Selection
-    num_classes: int
-    grey: bool
-    flip: bool
 
 
-def gpu_memory_warning(config: TrialConfig, gpus: float) -> str | None:
-    """What the GPU itself says of a trial's share: one line where the trial may not fit, None where all is well."""
-    free, total = torch.cuda.mem_get_info()
-    share, needed = int(min(1.0, gpus) * total), peak_bytes(config) + GPU_OVERHEAD_BYTES
-    if needed > min(share, free):
-        return (
-            f"about {needed / 2**30:.1f} GiB of GPU memory are needed; its share is {share / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free: batches are split where they do not fit"
-        )
-    return None
+@dataclass
+class _Best:
+    """A trial's best Local TPE so far and its weights; -inf and None before the first score."""
+
+    score: float = -math.inf
+    weights: bytes | None = None
 
 
 def train_trial(
@@ -55,107 +58,108 @@ def train_trial(
     run: RunConfig,
     data: Stage1Data,
     vault: ActorHandle[Any],
-    deadline_s: float,
-    memory_bytes: int,
 ) -> None:
-    """Train one trial, reporting every epoch; a report has a checkpoint every `checkpoint_epochs` epochs, at the last
-    epoch, and whenever a survivor got better.
+    """Train one trial, report every epoch to Tune, and state the reason if the trial ends by itself.
+
+    A report includes a checkpoint every `checkpoint_epochs` epochs, at the last epoch, and whenever a survivor's score
+    improves.
 
     Args:
-        params: the proposed values, with `trial`, `seed`, and `resume_from` (checkpoints of an earlier driver, newest
-            first).
+        params: the proposed values, with `trial`, `seed`, `resume_from` (checkpoints of an earlier driver, newest
+            first) and `seconds_left` (of Stage 1, counted from the start of the trial; None without a limit).
         run: the run's configuration.
         data: CIFAR-10.
-        vault: takes the weights of a trial that has passed the gate.
-        deadline_s: time since 1970 after which the trial returns.
-        memory_bytes: memory this trial may use on a CPU.
+        vault: receives the weights of a trial that has passed the gate.
     """
+    deadline_s = math.inf if params[SECONDS_LEFT] is None else time.time() + params[SECONDS_LEFT]
+    config = trial_config(run, params)
     resources = tune.get_context().get_trial_resources().required_resources
     cpus, gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0.0)
     device = device_for(gpus, cpus)
     notices: list[str] = []
-    if device.type == "cuda" and (warning := gpu_memory_warning(trial_config(run, params), gpus)):
+    if device.type == "cuda" and (warning := gpu_memory_warning(config, gpus)):
         notices.append(warning)
-    trainer = _trainer(params, run=run, data=data, device=device, deadline_s=deadline_s, notice=notices.append)
-    if device.type == "cpu":
-        trainer.micro_batch = cpu_micro_batch(trainer.config, memory_bytes=memory_bytes)
+    trainer = create_trainer(
+        config,
+        training_data(data.selection, data, device),
+        seed=params["seed"],
+        notice=notices.append,
+        deadline_s=deadline_s,
+    )
     counts = {"nkat_parameters": count_nkat_parameters(trainer.model), "parameters": count_parameters(trainer.model)}
-    stem, width = trainer.config.conv_stem, trainer.config.embed_dim
-    lam = lambda_theory(run.lambda_model, conv_stem=stem, embed_dim=width, **counts)
-    best, weights = _continue(trainer, params)
+    lam = lambdas(trainer.model, config)[run.lambda_model]
+    best = _continue(trainer, params["resume_from"])
     if params["resume_from"] and trainer.epoch == 0:
-        notices.append("none of its checkpoints is whole any more: it begins again")
+        notices.append("all of its checkpoints are damaged: it starts again")
     facts = {"node": socket.gethostname(), "gpus": gpus, "cpus": cpus, LAMBDA_THEORY: lam, **counts}
+    explained = False  # whether the gate ends the trial: at a loss that is not finite, and at the last epoch
     for result in trainer.epochs():
-        score, better = _score(result, lam), False
-        if score > best:  # False for NaN
-            best, better = score, True
-            weights = trainer.weights(
-                dataset=data.name, grey=data.grey, val_accuracy=result.val_accuracy, seed=params["seed"]
-            ).to_bytes()
-            if best >= run.gate and not deposit(vault, params["trial"], best, weights):
-                notices.append("the vault is gone: the weights are kept on disk alone")
-        row = {**asdict(result), LOCAL_TPE: score, BEST_LOCAL_TPE: best if best > -math.inf else math.nan, **facts}
-        if math.isfinite(score):
-            row |= trainer.attention_entropy()
-            row |= trainer.nkat_scalars()
-        due = result.epoch % run.checkpoint_epochs == 0 or result.epoch == run.epochs
-        kept = math.isfinite(score) and (due or (better and best >= run.gate))
-        with _checkpoint(trainer, best, weights, kept=kept) as checkpoint:
+        score, last = _score(result, lam), result.epoch >= run.epochs
+        finite, better = math.isfinite(score), score > best.score  # False for NaN
+        if better:
+            weights = trainer.weights(val_accuracy=result.val_accuracy).to_bytes()
+            best = _Best(score, weights)
+            if score >= run.gate and not deposit(vault, params["trial"], score, weights):
+                notices.append("the vault is gone: the weights are kept on disk only")
+        best_score = best.score if best.score > -math.inf else math.nan
+        row = {**asdict(result), LOCAL_TPE: score, BEST_LOCAL_TPE: best_score, **facts}
+        if finite:
+            row |= {**trainer.attention_entropy(), **trainer.nkat_scalars()}
+        explained = last or not finite
+        if last and best.score >= run.gate:
+            row |= at_last_epoch(result.epoch, best.score, run.gate).columns()
+        due = last or result.epoch % run.checkpoint_epochs == 0
+        kept = finite and (due or (better and score >= run.gate))
+        with _checkpoint(trainer, best) if kept else nullcontext() as checkpoint:
             tune.report({**row, NOTICES: list(notices)}, checkpoint=checkpoint)
         notices.clear()
+    if not explained:  # the time is up, or the checkpoint was of the last epoch
+        epoch = trainer.epoch
+        stop = out_of_time(epoch) if epoch < run.epochs else at_last_epoch(epoch, best.score, run.gate)
+        tune.report({**stop.columns(), NOTICES: notices})
 
 
-def _trainer(
-    params: Mapping[str, Any],
-    *,
-    run: RunConfig,
-    data: Stage1Data,
-    device: torch.device,
-    deadline_s: float,
-    notice: Callable[[str], None],
-) -> Trainer:
-    config = trial_config(run, params)
-    torch.manual_seed(params["seed"])  # the process served another trial before
-    images, labels = data.selection.images, data.selection.labels
-    train = ImageSet(images, labels, data.selection.train_index, device)
-    mean, std = train.statistics()
-    model = create_nkat_vit(config, num_classes=data.num_classes, grey=data.grey, mean=mean, std=std)
-    return Trainer(
-        model, config, train=train, val=ImageSet(images, labels, data.selection.val_index, device),
-        num_classes=data.num_classes, flip=data.flip, mean=mean, std=std, seed=params["seed"], device=device,
-        notice=notice, deadline_s=deadline_s,
-    )  # fmt: skip
+def gpu_memory_warning(config: TrialConfig, gpus: float) -> str | None:
+    """Return one line if a trial may not fit into the memory of its share of the GPU, else None."""
+    free, total = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved()  # cached by this process for an earlier trial, and reused by this one
+    share, needed = int(min(1.0, gpus) * total), peak_bytes(config) + GPU_CONTEXT_BYTES
+    if needed <= min(share, free):
+        return None
+    return (
+        f"about {needed / GIB:.1f} GiB of GPU memory are needed; its share is {share / GIB:.1f} GiB and "
+        f"{free / GIB:.1f} GiB are free: batches are split where they do not fit"
+    )
 
 
 def _score(result: EpochResult, lam: float) -> float:
     return tpe_score(result.val_accuracy, lam) if math.isfinite(result.val_accuracy) else math.nan
 
 
-def _continue(trainer: Trainer, params: Mapping[str, Any]) -> tuple[float, bytes | None]:
-    """Load the newest whole checkpoint, of this driver or an earlier one: best Local TPE and weights so far."""
+def _continue(trainer: Trainer, earlier: list[str]) -> _Best:
+    """Load the newest intact checkpoint, of this driver or an earlier one."""
     with ExitStack() as stack:
-        folders = (Path(stack.enter_context(c.as_directory())) for c in _checkpoints(params["resume_from"]))
+        folders = (Path(stack.enter_context(c.as_directory())) for c in _checkpoints(earlier))
         found = first_whole_state(folders)
         if found is None:
-            return -math.inf, None
+            return _Best()
         folder, state = found
         trainer.load_state(state["trainer"])
         weights = folder / WEIGHTS_FILE
-        return state["best"], weights.read_bytes() if weights.exists() else None
+        return _Best(state["best"], weights.read_bytes() if weights.exists() else None)
 
 
 def _checkpoints(earlier: list[str]) -> Iterator[tune.Checkpoint]:
-    """Newest first: the one Tune hands over after a fault and its elder siblings, then those of an earlier driver."""
+    """Yield checkpoints, newest first: Tune's own after an error, older ones beside it, those of earlier drivers."""
     current = tune.get_checkpoint()
     if current is not None:
         yield current
-        yield from _elder_siblings(current)
+        yield from _older_siblings(current)
     for path in earlier:
         yield tune.Checkpoint(path)
 
 
-def _elder_siblings(checkpoint: tune.Checkpoint) -> Iterator[tune.Checkpoint]:
+def _older_siblings(checkpoint: tune.Checkpoint) -> Iterator[tune.Checkpoint]:
     folder = Path(checkpoint.path)
     if folder.is_dir():  # a bucket writes whole objects or none
         for sibling in sorted(folder.parent.glob("checkpoint_*"), reverse=True):
@@ -164,23 +168,13 @@ def _elder_siblings(checkpoint: tune.Checkpoint) -> Iterator[tune.Checkpoint]:
 
 
 @contextmanager
-def _checkpoint(
-    trainer: Trainer, best: float, weights: bytes | None, *, kept: bool
-) -> Iterator[tune.Checkpoint | None]:
-    """A folder with the training's state and best weights, until Tune has stored it.
+def _checkpoint(trainer: Trainer, best: _Best) -> Iterator[tune.Checkpoint]:
+    """Provide a checkpoint with the training's state and best weights, until Tune has copied it.
 
-    None unless `kept`. An epoch whose loss was not finite never is: the last finite state stays.
+    No fsync is needed: after a crash nothing reads this folder.
     """
-    if not kept:
-        yield None
-        return
     with tempfile.TemporaryDirectory(prefix="nkat-") as folder:
-        if weights is not None:
-            write_atomically(Path(folder) / WEIGHTS_FILE, weights)
-        save_state(Path(folder), {"trainer": trainer.state(), "best": best})
+        if best.weights is not None:
+            Path(folder, WEIGHTS_FILE).write_bytes(best.weights)
+        Path(folder, STATE_FILE).write_bytes(state_bytes({"trainer": trainer.state(), "best": best.score}))
         yield tune.Checkpoint(folder)
-
-
-def memory_for_trial(node_memory_bytes: int, slots_a_node: int) -> int:
-    """Memory that each of the trials on a node may plan with."""
-    return int(node_memory_bytes * CPU_MEMORY_FRACTION / max(1, slots_a_node))

@@ -1,47 +1,49 @@
-"""The checkpoint vault: survivors' weights in the Ray object store, outliving the trial that made them.
+"""The vault: an actor that owns the survivors' weights in Ray's object store, so that they outlive their trials.
 
-`ray.put` inside a trial dies with the trial's process. The *value* therefore goes to this actor, which puts it itself
-and so owns it. It does not outlive the cluster: each weight is also in the trial's checkpoint on disk.
+An object that a trial puts into the store is lost with the trial's process. A trial therefore sends the value to this
+actor, which puts it into the store. The vault does not outlive the cluster; the trials' checkpoints on disk also
+contain all weights.
 """
 
 import uuid
-from typing import Any
+from typing import Any, Final
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-NAMESPACE = "nkat-ray"
+NAMESPACE: Final = "nkat-ray"
 
 
 @ray.remote(num_cpus=0)
 class Vault:
-    """Holds references to survivors' weights (the bytes of `train.checkpoint.Weights`)."""
+    """Own the best weights of each survivor, as bytes of `train.checkpoint.Weights`."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[float, ray.ObjectRef[bytes]]] = {}
+        self._kept: dict[int, tuple[float, ray.ObjectRef[bytes]]] = {}
 
     def put(self, trial: int, score: float, payload: bytes) -> None:
-        """Hold a trial's weights unless better ones are held; the worse are released."""
-        if trial not in self._held or score >= self._held[trial][0]:
-            self._held[trial] = (score, ray.put(payload))
+        """Keep a trial's weights, unless better ones are kept already."""
+        if trial not in self._kept or score >= self._kept[trial][0]:
+            self._kept[trial] = (score, ray.put(payload))
 
-    def reference(self, trial: int) -> "list[ray.ObjectRef[bytes]]":
-        """The reference in a list (empty if none is held), so that Ray hands it on instead of the value."""
-        return [self._held[trial][1]] if trial in self._held else []
+    def references(self, trial: int) -> "list[ray.ObjectRef[bytes]]":
+        """Return the reference to a trial's weights in a list (Ray would resolve a bare one); [] if there are none."""
+        return [self._kept[trial][1]] if trial in self._kept else []
 
     def release(self, trial: int) -> None:
-        """Let a trial's weights go."""
-        self._held.pop(trial, None)
+        """Free a trial's weights."""
+        self._kept.pop(trial, None)
 
 
 def open_vault(name: str) -> ActorHandle[Any]:
-    """A vault of this driver alone: the handle travels by hand, and the name is only for people (`ray list actors`).
+    """Start this driver's vault on the driver's node, since a worker node may be a spot instance.
 
-    It lives on the driver's node, the head as a rule: a worker may be a spot instance.
+    Args:
+        name: label in `ray list actors`.
     """
-    actor: Any = Vault  # ray.remote's stub does not know `options`
+    actor: Any = Vault  # ray.remote's stub has no `options`
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     handle: ActorHandle[Any] = actor.options(
         name=f"vault-{name}-{uuid.uuid4().hex[:8]}", namespace=NAMESPACE, scheduling_strategy=here
@@ -50,7 +52,11 @@ def open_vault(name: str) -> ActorHandle[Any]:
 
 
 def deposit(vault: ActorHandle[Any], trial: int, score: float, payload: bytes) -> bool:
-    """Hand weights to the vault and wait until it holds them; False if the vault is gone (the disk still has them)."""
+    """Send weights to the vault and wait until it has them.
+
+    Returns:
+        Whether the vault has them; False if it is gone, so that the weights are on disk only.
+    """
     try:
         ray.get(vault.put.remote(trial, score, payload))
     except RayActorError:
@@ -58,15 +64,15 @@ def deposit(vault: ActorHandle[Any], trial: int, score: float, payload: bytes) -
     return True
 
 
-def release(vault: ActorHandle[Any], trial: int) -> None:
-    """Let a trial's weights go; does not wait. A vault that is gone holds nothing."""
-    vault.release.remote(trial)
-
-
 def withdraw(vault: ActorHandle[Any], trial: int) -> "ray.ObjectRef[bytes] | None":
-    """Reference to a trial's weights; None if the vault is gone or never had them."""
+    """Return a reference to a trial's weights; None if the vault is gone or does not have them."""
     try:
-        held: list[ray.ObjectRef[bytes]] = ray.get(vault.reference.remote(trial))
+        references: list[ray.ObjectRef[bytes]] = ray.get(vault.references.remote(trial))
     except RayActorError:
         return None
-    return held[0] if held else None
+    return references[0] if references else None
+
+
+def release(vault: ActorHandle[Any], trial: int) -> None:
+    """Free a trial's weights, without waiting; does nothing if the vault is gone."""
+    vault.release.remote(trial)

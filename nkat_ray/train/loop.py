@@ -1,17 +1,11 @@
-"""One training, epoch by epoch: plain PyTorch, knows nothing of Ray.
-
-Images stay where they are, as uint8: in shared memory on the CPU, on the device once on a GPU. Batches are cut,
-augmented and normalised there; there are no loader processes.
-"""
+"""One training, epoch by epoch: plain PyTorch without Ray. Batches are cut, augmented and normalised on the device."""
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from einops import reduce
 from torch import Tensor, nn
@@ -20,204 +14,165 @@ from torch.nn import functional as F
 from nkat_ray.config import IMAGE_SIZE, TrialConfig
 from nkat_ray.metrics import ATTENTION_ENTROPY, NKAT_PREFIX, NKAT_SCALARS
 from nkat_ray.model.capture import capture_attention, nkat_scalars
-from nkat_ray.train.augment import augment, mix
+from nkat_ray.train.augment import Mixing, apply, apply_mixing, draw, draw_mixing
 from nkat_ray.train.checkpoint import Weights
-from nkat_ray.train.optim import create_ema, create_optimizer, lr_at
+from nkat_ray.train.device import autocast, float32_notice, is_out_of_memory
+from nkat_ray.train.images import ImageSet, TrainingData, in_pixels, normalise
+from nkat_ray.train.optim import Average, create_optimizer, lr_at
 
-EVAL_BATCH = 250
-ENTROPY_IMAGES, ENTROPY_BATCH = 16, 4  # 256 tokens, 9 blocks, 8 heads: 75 MB of weights a batch
-LOSS_CHECK_STEPS = 50  # steps between looks at the loss on a GPU, where each look waits for the device
+AUGMENTED_IMAGES = 2048  # at a time: twice as fast as 128, and it still fits into a CPU's cache
+EVAL_BATCH, GPU_EVAL_BATCH = 250, 500  # images
+ENTROPY_IMAGES, ENTROPY_BATCH = 16, 4  # 256 tokens, 9 blocks, 8 heads: 75 MB of weights per batch
+LOSS_CHECK_STEPS = 50  # steps between checks of the loss on a GPU, since each check waits for the device
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochResult:
-    """One epoch. train_loss, val_accuracy are NaN when the loss was not finite; lr is the last update's."""
+    """The results of one epoch. `train_loss` and the accuracies are NaN if a loss was not finite."""
 
     epoch: int  # from 1
     train_loss: float
+    train_accuracy: float  # fraction of the images as they were trained on: augmented, the larger part of a mixed one
     val_accuracy: float  # fraction of the validation images, 0..1, of the averaged weights
-    lr: float
+    lr: float  # of the last update
     images_per_s: float  # training images over training time
     epoch_s: float  # training and validation
     started_s: float  # seconds since 1970
 
 
-class ImageSet:
-    """Some images of an array, ready to be cut into batches on a device.
+class Batch(NamedTuple):
+    """One step's images uint8 (B, 3, 32, 32), augmented, their targets float (B, K), and how they are mixed."""
 
-    Args:
-        images: uint8 (N, C, H, W), C 1 or 3, H and W at most 32. On a CPU it is shared, never copied: several trials
-            on a node may hold the same (read-only) array.
-        labels: int64 (N,).
-        index: which of them, int64 (n,); None for all.
-    """
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, index: np.ndarray | None, device: torch.device) -> None:
-        self.index = torch.arange(len(labels)) if index is None else torch.from_numpy(index.copy())
-        self._images = _shared_tensor(images)
-        self._on_device = device.type != "cpu"
-        if self._on_device:
-            self._images = self._images[self.index].to(device)
-        self.labels = _shared_tensor(labels)[self.index].to(device)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Images uint8 (B, 3, 32, 32), padded and in three channels, and their labels (B,)."""
-        rows = positions.to(self.labels.device) if self._on_device else self.index[positions]
-        return to_network_size(self._images[rows]), self.labels[positions.to(self.labels.device)]
-
-    def statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and standard deviation of each channel, 0..1, repeated for grey images."""
-        total, square, count = torch.zeros(()), torch.zeros(()), 0
-        for rows in torch.arange(len(self)).split(5000):
-            part = self._images[rows.to(self.labels.device) if self._on_device else self.index[rows]].double() / 255
-            total = total.to(part) + reduce(part, "b c h w -> c", "sum")
-            square = square.to(part) + reduce(part**2, "b c h w -> c", "sum")
-            count += part.shape[0] * part.shape[2] * part.shape[3]
-        mean = total / count
-        std = (square / count - mean**2).clamp(min=1e-6).sqrt()  # constant images must not divide by zero
-        return _three(mean), _three(std)
-
-
-def _three(values: Tensor) -> tuple[float, float, float]:
-    red, green, blue = values.expand(3).tolist()
-    return red, green, blue
-
-
-def _shared_tensor(array: np.ndarray) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only ever read
-        return torch.from_numpy(array)
-
-
-def to_network_size(images: Tensor) -> Tensor:
-    """Pad (B, C, H, W) to 32x32, evenly on both sides, and repeat a grey channel three times (docs/spec.md section
-    3)."""
-    height, width = images.shape[-2:]
-    top, left = (IMAGE_SIZE - height) // 2, (IMAGE_SIZE - width) // 2
-    padded = F.pad(images, (left, IMAGE_SIZE - width - left, top, IMAGE_SIZE - height - top))
-    return padded.expand(-1, 3, -1, -1).contiguous()
-
-
-def in_pixels(fractions: Sequence[float], device: torch.device | None = None) -> Tensor:
-    """A value a channel, 0..1, as (3, 1, 1) in units of 0..255: what `normalise` takes."""
-    return torch.tensor(fractions, device=device).view(3, 1, 1) * 255
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to float32 with the given statistics, (3, 1, 1) each in units of 0..255."""
-    return (images.float() - mean) / std
+    images: Tensor
+    targets: Tensor
+    mixing: Mixing | None
 
 
 class Trainer:
     """A training that can be stopped after any epoch and continued, bit for bit on a CPU.
 
     Args:
-        model: the network; moved to `device`.
-        config: the recipe.
-        train, val: images to learn from, and to score after each epoch.
-        flip: whether a mirrored image is still the same class.
-        seed: of the order of images, the augmentation and dropout.
-        notice: told, in one line, of anything the user should know.
-        deadline_s: time (since 1970) after which no further step is made.
-        on_step: told the epochs done so far, with a fraction, after every step.
+        model: the network; moved to the data's device.
+        config: the recipe; the network's fields are not read.
+        data: images to learn from, images to score after each epoch, and their statistics.
+        seed: decides the order of images, the augmentation and dropout.
+        notice: called with one line about anything the user should know.
+        deadline_s: seconds since 1970 after which no further step is made.
+        on_step: called after every step with the number of epochs trained so far, a fraction.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: TrialConfig,
+        data: TrainingData,
         *,
-        train: ImageSet,
-        val: ImageSet,
-        num_classes: int,
-        flip: bool,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
         seed: int,
-        device: torch.device,
         notice: Callable[[str], None],
         deadline_s: float = math.inf,
-        on_step: Callable[[float], None] = lambda _: None,
+        on_step: Callable[[float], None] | None = None,
     ) -> None:
-        self.config, self.train, self.val, self.flip, self.num_classes = config, train, val, flip, num_classes
-        self.device, self.notice, self.deadline_s = device, notice, deadline_s
-        self._on_step = on_step
-        self.model = model.to(device)
+        self.config, self.data, self.seed = config, data, seed
+        self.notice, self.deadline_s, self._on_step = notice, deadline_s, on_step
+        self.device = data.device
+        if (line := float32_notice(self.device)) is not None:
+            notice(line)
+        self.model = model.to(self.device)
         self.optimizer = create_optimizer(self.model, config)
-        self.ema = None if config.ema is None else create_ema(self.model, config.ema)
+        self.ema = None if config.ema is None else Average(self.model, config.ema)
         self.order = torch.Generator().manual_seed(seed)
         self.augmentation = torch.Generator().manual_seed(seed + 1)  # on the CPU: the same draws on every device
-        red, green, blue = (round(255 * value) for value in mean)
+        red, green, blue = (round(255 * value) for value in data.mean)
         self._fill = (red, green, blue)  # Cutout's grey: nearest to 0 after normalisation
-        self.mean, self.std = in_pixels(mean, device), in_pixels(std, device)
+        self.mean, self.std = in_pixels(data.mean, self.device), in_pixels(data.std, self.device)
         self.epoch = 0
-        self.micro_batch = min(config.batch_size, len(train))
-        self.steps_an_epoch = math.ceil(len(train) / config.batch_size)
+        self._right = torch.zeros((), device=self.device)  # images of the last batch that were classified correctly
+        self._part_size = self._smallest_part = min(config.batch_size, len(data.train))
+        self.steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
         torch.manual_seed(seed + 2)  # dropout takes no generator; a trial's process is its own until the next seeds it
 
     @property
     def scored_model(self) -> nn.Module:
-        """The network whose accuracy is reported: the average, or the weights themselves without one."""
+        """The network whose accuracy is reported: the average, or the trained network if there is no average."""
         return self.model if self.ema is None else self.ema.module
 
     def epochs(self) -> Iterator[EpochResult]:
-        """Train to the last epoch. Ends early after a loss that is not finite, or at the deadline (without a
-        result)."""
+        """Train to the last epoch, and yield one result per epoch.
+
+        Ends early after an epoch whose loss was not finite, or at the deadline; the unfinished epoch is then dropped.
+        """
         while self.epoch < self.config.epochs:
             started_s, clock = time.time(), time.perf_counter()
-            loss = self._train_epoch()
-            if loss is None:
+            trained = self._train_epoch()
+            if trained is None:
                 return
+            loss, train_accuracy = trained
             train_s = time.perf_counter() - clock
-            accuracy = self.accuracy(self.val) if math.isfinite(loss) else math.nan
+            accuracy = self.accuracy(self.data.val) if math.isfinite(loss) else math.nan
             self.epoch += 1
             yield EpochResult(
                 epoch=self.epoch,
                 train_loss=loss,
+                train_accuracy=train_accuracy,
                 val_accuracy=accuracy,
-                lr=self._lr(self.epoch * self.steps_an_epoch - 1),
-                images_per_s=len(self.train) / train_s,
+                lr=self._lr(self.epoch * self.steps_per_epoch - 1),
+                images_per_s=len(self.data.train) / train_s,
                 epoch_s=time.perf_counter() - clock,
                 started_s=started_s,
             )
             if not math.isfinite(loss):
                 return
 
-    def _train_epoch(self) -> float | None:
-        """Mean loss of the epoch, NaN as soon as one is not finite, None at the deadline."""
+    def _train_epoch(self) -> tuple[float, float] | None:
+        """Train one epoch; return mean loss and accuracy, NaN as soon as a loss is not finite, None at the deadline."""
         self.model.train()
+        self._part_size = min(self.config.batch_size, len(self.data.train))  # what did not fit is tried whole again
         losses: list[Tensor] = []
-        batches = torch.randperm(len(self.train), generator=self.order).split(self.config.batch_size)
-        for number, positions in enumerate(batches):
+        right = torch.zeros((), device=self.device)
+        for number, batch in enumerate(self._batches()):
             if time.time() >= self.deadline_s:
                 return None
-            losses.append(self._step(positions, self.epoch * self.steps_an_epoch + number))
-            self._on_step(self.epoch + (number + 1) / self.steps_an_epoch)
+            losses.append(self._step(batch, self.epoch * self.steps_per_epoch + number))
+            right += self._right
+            if self._on_step is not None:
+                self._on_step(self.epoch + (number + 1) / self.steps_per_epoch)
             if (self.device.type == "cpu" or number % LOSS_CHECK_STEPS == 0) and not losses[-1].isfinite():
-                return math.nan
+                return math.nan, math.nan
         mean = float(torch.stack(losses).mean())
-        return mean if math.isfinite(mean) else math.nan
+        return (mean, float(right) / len(self.data.train)) if math.isfinite(mean) else (math.nan, math.nan)
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield the epoch's batches. Several are augmented at once, which changes no result: each has its own draws."""
+        size, train, flip = self.config.batch_size, self.data.train, self.data.traits.flip
+        order = torch.randperm(len(train), generator=self.order).to(self.device)
+        for positions in order.split(max(1, AUGMENTED_IMAGES // size) * size):
+            draws, mixings = [], []
+            for part in positions.split(size):
+                draws.append(
+                    draw(len(part), IMAGE_SIZE, IMAGE_SIZE, self.config, flip=flip, generator=self.augmentation)
+                )
+                mixings.append(self._draw_mixing())
+            images, labels = train.batch(positions)
+            images = apply(images, torch.cat(draws, dim=1), self.config, flip=flip, cutout_fill=self._fill)
+            targets = F.one_hot(labels, self.data.traits.num_classes).float()
+            yield from map(Batch, images.split(size), targets.split(size), mixings)
+
+    def _draw_mixing(self) -> Mixing | None:
+        mixup, cutmix = self.config.mixup, self.config.cutmix
+        return draw_mixing(IMAGE_SIZE, IMAGE_SIZE, mixup=mixup, cutmix=cutmix, generator=self.augmentation)
 
     def _lr(self, step: int) -> float:
         return lr_at(
             step,
             peak=self.config.lr,
-            warmup_steps=self.config.warmup * self.steps_an_epoch,
-            total_steps=self.config.epochs * self.steps_an_epoch,
+            warmup_steps=self.config.warmup * self.steps_per_epoch,
+            total_steps=self.config.epochs * self.steps_per_epoch,
         )
 
-    def _step(self, positions: Tensor, step: int) -> Tensor:
-        """One update; returns the batch's mean loss, on the device."""
-        images, labels = self.train.batch(positions)
-        images = augment(images, self.config, flip=self.flip, generator=self.augmentation, cutout_fill=self._fill)
-        inputs = normalise(images, self.mean, self.std)
-        targets = F.one_hot(labels, self.num_classes).float()
-        inputs, targets = mix(
-            inputs, targets, mixup=self.config.mixup, cutmix=self.config.cutmix, generator=self.augmentation
-        )
+    def _step(self, batch: Batch, step: int) -> Tensor:
+        """Make one update; return the batch's mean loss, on the device."""
+        inputs = normalise(batch.images, self.mean, self.std)
+        inputs, targets = apply_mixing(inputs, batch.targets, batch.mixing)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(step)
         loss = self._backward_within_memory(inputs, targets)
@@ -225,11 +180,14 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.update(self.model, step=step)
+            self.ema.update(step)
         return loss
 
     def _backward_within_memory(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Gradients of the batch's mean loss; the batch is halved until a part of it fits into the device's memory.
+        """Compute the gradients of the batch's mean loss; halve the batch until a part fits into the GPU's memory.
+
+        Only an out-of-memory error splits a batch, so never on a CPU. The part size lasts until the end of the epoch.
+        BatchNorm normalises each part by itself (docs/spec.md section 4).
 
         Raises:
             torch.OutOfMemoryError: not even one image fits.
@@ -238,61 +196,75 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             try:
                 return self._backward(inputs, targets)
-            except torch.OutOfMemoryError as error:
-                if self.micro_batch == 1:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self._part_size == 1:
                     raise torch.OutOfMemoryError(
                         "one image does not fit into the device's memory; choose a smaller embed_dim or depth, a "
                         "larger patch_size, or give the trial a larger share of the GPU (--gpus_per_trial)"
                     ) from error
-            self.micro_batch = (self.micro_batch + 1) // 2  # outside `except`: the traceback holds the tensors
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.notice(f"out of memory: the batch of {len(inputs)} is now computed {self.micro_batch} at a time")
+            self._halve(len(inputs))  # outside `except`: the traceback holds the tensors
+
+    def _halve(self, batch: int) -> None:
+        self._part_size = (self._part_size + 1) // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self._part_size >= self._smallest_part:
+            return  # an earlier epoch's notice has said so
+        self._smallest_part = self._part_size
+        batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        self.notice(
+            f"out of memory: batches of {batch} are computed {self._part_size} images at a time until the end of the "
+            f"epoch{'; BatchNorm sees each part alone, so scores differ from those of whole batches' * batch_norm}"
+        )
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        total = torch.zeros((), device=self.device)
-        for part, wanted in zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        """Add up the gradients of the batch's parts and count correct predictions; return the batch's mean loss."""
+        total, self._right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for part, wanted in zip(inputs.split(self._part_size), targets.split(self._part_size), strict=True):
+            with autocast(self.device):
                 logits = self.model(part)
             loss = F.cross_entropy(logits.float(), wanted, label_smoothing=self.config.label_smoothing)
             loss = loss * (len(part) / len(inputs))
             loss.backward()
             total += loss.detach()
+            self._right += (logits.argmax(1) == wanted.argmax(1)).sum()
         return total
 
     def accuracy(self, images: ImageSet) -> float:
-        """Fraction of the images that the scored network classifies correctly, 0..1."""
-        correct = count_correct(self.scored_model, images, mean=self.mean, std=self.std, device=self.device)
-        return correct / len(images)
+        """Return the fraction of images that the scored network classifies correctly, 0..1."""
+        return count_correct(self.scored_model, images, mean=self.mean, std=self.std) / len(images)
 
     def attention_entropy(self) -> dict[str, float]:
-        """Entropy in nats of each block's attention, `attention/entropy/block_0` and so on: 0 looks at one token.
+        """Return the entropy in nats of each block's attention, `attention/entropy/block_0` and so on.
 
-        Of the scored network, as the mean over heads, queries and the first few validation images. Nothing is drawn.
-        None of weights that are not finite any more: the next epoch's loss says so.
+        Each is the mean over heads, queries and the first few validation images, of the scored network (docs/spec.md
+        section 6.4). 0 means that each query attends to one token. No random numbers are drawn. Empty if the weights
+        are not finite, which the next epoch's loss will show.
         """
         if not all(bool(weights.isfinite().all()) for weights in self.scored_model.parameters()):
             return {}
         self.scored_model.eval()
-        found = []
-        for positions in torch.arange(min(ENTROPY_IMAGES, len(self.val))).split(ENTROPY_BATCH):
-            inputs = normalise(self.val.batch(positions)[0], self.mean, self.std)
+        entropies = []
+        for positions in torch.arange(min(ENTROPY_IMAGES, len(self.data.val))).split(ENTROPY_BATCH):
+            inputs = normalise(self.data.val.batch(positions)[0], self.mean, self.std)
             weights = capture_attention(self.scored_model, inputs).weights  # type: ignore[arg-type]
-            found.append(reduce(torch.special.entr(weights).sum(-1), "l b h q -> b l", "mean"))
-        blocks = torch.cat(found).mean(0).tolist()
+            entropies.append(reduce(torch.special.entr(weights).sum(-1), "l b h q -> b l", "mean"))
+        blocks = torch.cat(entropies).mean(0).tolist()
         return {f"{ATTENTION_ENTROPY}{block}": value for block, value in enumerate(blocks)}
 
     def nkat_scalars(self) -> dict[str, float]:
-        """The scored network's NKAT scalars, `nkat/alpha/block_0` and so on; of NKAT-ViT alone."""
-        found = nkat_scalars(self.scored_model)  # type: ignore[arg-type]
+        """Return the scored network's NKAT scalars by name, `nkat/alpha/block_0` and so on; for NKAT-ViT only."""
+        scalars = nkat_scalars(self.scored_model)  # type: ignore[arg-type]
         return {
             f"{NKAT_PREFIX}{name}/block_{block}": value
             for name in NKAT_SCALARS
-            for block, value in enumerate(found[name])
+            for block, value in enumerate(scalars[name])
         }
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the training depends on; `torch.load(weights_only=True)` reads it."""
+        """Return everything that the rest of the training depends on; `torch.load(weights_only=True)` can read it."""
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
@@ -302,12 +274,11 @@ class Trainer:
             "augmentation": self.augmentation.get_state(),
             "cpu_random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "micro_batch": self.micro_batch,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from `state`, as if the training had never stopped (on a CPU: bit for bit)."""
-        self.epoch, self.micro_batch = state["epoch"], state["micro_batch"]
+        self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -318,30 +289,39 @@ class Trainer:
         self.augmentation.set_state(state["augmentation"])
         torch.set_rng_state(state["cpu_random"])
 
-    def weights(self, *, dataset: str, grey: bool, val_accuracy: float, seed: int) -> Weights:
-        """The scored network's weights, and what rebuilds them."""
+    def weights(self, *, val_accuracy: float) -> Weights:
+        """Return the scored network's weights with everything that is needed to build it again."""
         return Weights(
             config=self.config,
-            dataset=dataset,
-            num_classes=self.num_classes,
-            grey=grey,
-            mean=_three(self.mean.flatten() / 255),
-            std=_three(self.std.flatten() / 255),
+            dataset=self.data.traits.name,
+            num_classes=self.data.traits.num_classes,
+            grey=self.data.traits.grey,
+            mean=self.data.mean,
+            std=self.data.std,
             epoch=self.epoch,
             val_accuracy=val_accuracy,
-            seed=seed,
+            seed=self.seed,
             tensors=self.scored_model.state_dict(),
         )
 
 
 @torch.no_grad()
-def count_correct(model: nn.Module, images: ImageSet, *, mean: Tensor, std: Tensor, device: torch.device) -> int:
-    """How many images the network (put into evaluation mode) classifies correctly."""
+def count_correct(model: nn.Module, images: ImageSet, *, mean: Tensor, std: Tensor) -> int:
+    """Count the images that a network, put into evaluation mode, classifies correctly.
+
+    Args:
+        model: the network, on the images' device.
+        images: what is classified.
+        mean: of the normalisation, as `normalise` takes it.
+        std: likewise.
+    """
     model.eval()
+    device = images.device
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    for positions in torch.arange(len(images)).split(EVAL_BATCH):
+    size = EVAL_BATCH if device.type == "cpu" else GPU_EVAL_BATCH
+    for positions in torch.arange(len(images), device=device).split(size):
         batch, labels = images.batch(positions)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             logits = model(normalise(batch, mean, std))
         correct += (logits.argmax(1) == labels).sum()
     return int(correct)

@@ -1,11 +1,12 @@
-"""RandAugment image by image on a whole batch, equal to torchvision's operation by operation.
+"""Apply RandAugment to a whole batch, with other operations for each image; each operation equals torchvision's.
 
-torchvision, kornia and timm draw one operation a batch, or work image by image. Here every image draws its own, the
-images that drew the same are gathered, and torchvision's own function is applied to each group.
+torchvision, kornia and timm draw one operation per batch, or work image by image. Here each image draws its own; the
+images that drew the same operation form a group, and torchvision's own function is applied to each group.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -47,15 +48,15 @@ def check_images(images: Tensor) -> None:
 
 
 def rand_augment(images: Tensor, *, num_ops: int, magnitude: int, generator: Generator) -> Tensor:
-    """RandAugment (Cubuk et al. 2020) with torchvision's operations, strengths and sampling, drawn for each image.
+    """Apply RandAugment (Cubuk et al. 2020) with torchvision's operations, strengths and sampling, drawn per image.
 
-    Every image gets `num_ops` operations, one after another, each uniform among the 14 (with repetition), with a fair
-    random sign where the operation has one. Sampling is nearest and what enters the image is black, torchvision's
-    defaults. On the CPU the result equals torchvision's tensor functions bit for bit.
+    Each image gets `num_ops` operations, one after another, each uniform among the 14 (with repetition), with a fair
+    random sign where the operation has one. Sampling is nearest, and pixels from outside the image are black, as by
+    default in torchvision. On the CPU the result equals torchvision's tensor functions bit for bit.
 
     Args:
         images: uint8 (B, 3, H, W); not modified.
-        num_ops: operations an image, >= 0.
+        num_ops: operations per image, >= 0.
         magnitude: row of torchvision's table of 31 strengths, 0..30.
         generator: source of all draws; on the CPU it gives the same draws for images on any device.
 
@@ -73,28 +74,65 @@ def rand_augment(images: Tensor, *, num_ops: int, magnitude: int, generator: Gen
     if len(images) == 0:
         return images
     for _ in range(num_ops):
-        operation, negative = draw_operations(len(images), generator=generator)
-        images = _apply_each(images, operation, negative, magnitude)
+        code = draw_codes(len(images), generator=generator)
+        order = code.argsort()
+        places = torch.stack([order, order.argsort()]).to(images.device)
+        images = apply_sorted(images, places[0], places[1], group_sizes(code), magnitude)
     return images
 
 
 def draw_operations(n: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
-    """One operation and one sign for each of n images, independent and uniform.
+    """Draw one operation and one sign for each of n images, independent and uniform.
 
     Returns:
-        operation, int64 (n,): position in `OPERATIONS`; negative, bool (n,): turn the strength's sign if it has one.
+        operation, int64 (n,): position in `OPERATIONS`; negative, bool (n,): negate the strength where it has a sign.
     """
     operation = torch.randint(len(OPERATIONS), (n,), generator=generator, device=generator.device)
     negative = torch.randint(2, (n,), generator=generator, device=generator.device).bool()
     return operation, negative
 
 
+def draw_codes(n: int, *, generator: Generator) -> Tensor:
+    """Draw operation and sign for each of n images as one number, int64 (n,).
+
+    Returns:
+        2 * position in `OPERATIONS`, plus 1 where the strength is negated; 0..27.
+    """
+    operation, negative = draw_operations(n, generator=generator)
+    signed = torch.tensor(list(OPERATIONS.values()), device=operation.device)
+    return 2 * operation + (negative & signed[operation])
+
+
+def group_sizes(code: Tensor) -> list[int]:
+    """Count the images with each of the codes, 0..27."""
+    sizes: list[int] = torch.bincount(code, minlength=2 * len(OPERATIONS)).tolist()
+    return sizes
+
+
+def apply_sorted(images: Tensor, order: Tensor, back: Tensor, sizes: Sequence[int], magnitude: int) -> Tensor:
+    """Apply one round of RandAugment: sort images by code, apply each operation to its group, sort back.
+
+    Args:
+        images: uint8 (n, 3, H, W); not modified.
+        order: int64 (n,), places of the images in ascending order of their codes.
+        back: int64 (n,), the inverse of `order`.
+        sizes: images with each code (`group_sizes`).
+        magnitude: row of torchvision's table of 31 strengths, 0..30.
+
+    Returns:
+        uint8 (n, 3, H, W).
+    """
+    parts = images.index_select(0, order).split(list(sizes))  # whole images, some twenty times as fast as images[order]
+    changed = torch.cat([_apply_code(part, code, magnitude) for code, part in enumerate(parts) if len(part)])
+    return changed.index_select(0, back)
+
+
 @functools.lru_cache(maxsize=1024)
 def strength(name: str, magnitude: int, *, height: int, width: int) -> float:
-    """Row `magnitude` of torchvision's table of 31 for images of height x width pixels; without a sign.
+    """Return row `magnitude` of torchvision's table of 31 for images of height x width pixels; without a sign.
 
-    Units: shears a slope, translations pixels, Rotate degrees, Brightness to Sharpness the distance of the factor
-    from 1, Posterize bits kept, Solarize a fraction of 255; 0 where the operation has no strength.
+    Units: slope for shears, pixels for translations, degrees for Rotate, the distance of the factor from 1 for
+    Brightness to Sharpness, bits kept for Posterize, a fraction of 255 for Solarize; 0 for an operation without one.
     """
     if name in ("Identity", "AutoContrast", "Equalize"):
         return 0.0
@@ -112,12 +150,12 @@ def strength(name: str, magnitude: int, *, height: int, width: int) -> float:
 
 
 def apply_operation(images: Tensor, name: str, value: float) -> Tensor:
-    """One operation at one signed strength on every image: torchvision's own function.
+    """Apply one operation at one signed strength to all images, by torchvision's own function.
 
     Args:
         images: uint8 (B, 3, H, W); not modified.
         name: one of `OPERATIONS`.
-        value: what `strength` gives, with its sign.
+        value: the result of `strength`, with its sign.
 
     Returns:
         uint8 (B, 3, H, W); `images` itself for Identity.
@@ -142,7 +180,7 @@ def apply_operation(images: Tensor, name: str, value: float) -> Tensor:
         case "Posterize":
             result = F.posterize(images, int(value))
         case "Solarize":
-            result = F.solarize(images, 255.0 * value)
+            result = _solarize(images, 255.0 * value)
         case "AutoContrast":
             result = F.autocontrast(images)
         case "Equalize":
@@ -152,30 +190,21 @@ def apply_operation(images: Tensor, name: str, value: float) -> Tensor:
     return result
 
 
-def _apply_each(images: Tensor, operation: Tensor, negative: Tensor, magnitude: int) -> Tensor:
-    """Apply to each image the operation that it drew: sort by operation, apply each to its part, sort back."""
-    signed = torch.tensor(list(OPERATIONS.values()), device=operation.device)
-    code = 2 * operation + (negative & signed[operation])
-    order = code.argsort()
-    parts = torch.split(
-        images.index_select(
-            0, order.to(images.device)
-        ),  # copies whole images, some twenty times as fast as images[order]
-        torch.bincount(code, minlength=2 * len(OPERATIONS)).tolist(),
-    )
-    changed = torch.cat([_apply_code(part, number, magnitude) for number, part in enumerate(parts) if len(part)])
-    return changed.index_select(0, order.argsort().to(images.device))
-
-
 def _apply_code(images: Tensor, code: int, magnitude: int) -> Tensor:
-    """Apply operation code // 2, with the sign turned if the code is odd."""
+    """Apply operation code // 2, with a negated strength if the code is odd."""
     name = _NAMES[code // 2]
     value = strength(name, magnitude, height=images.shape[2], width=images.shape[3])
     return apply_operation(images, name, -value if code % 2 else value)
 
 
+def _solarize(images: Tensor, threshold: float) -> Tensor:
+    """Apply `F.solarize` without `torch.where`, which takes three times as long on uint8: invert by exclusive or."""
+    whole = math.ceil(torch.tensor(threshold, dtype=torch.float32).item())  # torchvision compares in float32
+    return images ^ (images >= whole).to(torch.uint8).mul_(255)
+
+
 def _sharpen(images: Tensor, factor: float) -> Tensor:
-    """`F.adjust_sharpness` without its convolution, which costs nearly three times as much on small groups.
+    """Apply `F.adjust_sharpness` without its convolution, which costs nearly three times as much on small groups.
 
     The blur is (8 neighbours + 5 times the pixel) / 13, rounded. Sums of whole numbers are exact, and no thirteenth
     lies nearer than 1/26 to a rounding boundary, so any order of the additions gives torchvision's pixels.
@@ -191,18 +220,18 @@ def _sharpen(images: Tensor, factor: float) -> Tensor:
 
 
 def _move(images: Tensor, name: str, value: float) -> Tensor:
-    """Shear, translate or rotate: every image takes its pixels from the same places."""
+    """Shear, translate or rotate: all images take their pixels from the same places."""
     n, channels, height, width = images.shape
     source = _source_pixels(name, value, height, width, images.device)
-    with_black = pad(images.flatten(2), (1, 0))  # pixel 0 is what lies outside the image
+    with_black = pad(images.flatten(2), (1, 0))  # pixel 0 stands for the outside of the image
     return with_black.gather(2, source.expand(n, channels, -1)).view_as(images)
 
 
 @functools.lru_cache(maxsize=1024)
 def _source_pixels(name: str, value: float, height: int, width: int, device: torch.device) -> Tensor:
-    """Where each pixel comes from: torchvision's own nearest sampling of an image that holds its pixels' numbers.
+    """Find where each pixel comes from: torchvision's own nearest sampling of an image whose values are pixel numbers.
 
-    It is computed on the CPU for every device, so that rounding at half a pixel is the same on all.
+    Computed on the CPU for every device, so that rounding at half a pixel is the same everywhere.
 
     Returns:
         int64 (H * W,): 1 + the source pixel's number in row order, 0 for outside.

@@ -17,7 +17,7 @@ import pytest
 from nkat_ray.commands.evaluate import EvaluateConfig, with_defaults_of
 from nkat_ray.commands.official import OFFICIAL_FILE
 from nkat_ray.config import RunConfig
-from nkat_ray.report import tables
+from nkat_ray.record import tables
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -95,5 +95,5 @@ def test_a_recalculation_that_is_killed_goes_on_and_ends_with_a_verdict(tmp_path
         words = [*command[:4], *official, "--cpus_per_trial", "1000", tmp_path / "r", "--out", tmp_path / "new"]
         large = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
         assert large.returncode == 2, large.stderr
-        assert "asks for 1000 CPU" in large.stderr
+        assert "needs 1000 CPU" in large.stderr
         assert not (tmp_path / "new").exists()

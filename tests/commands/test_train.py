@@ -1,4 +1,4 @@
-"""`nkat train` through the door that a user takes: the console script's own function, small data, real kills."""
+"""`nkat train` as a user runs it: the console script's own function, small data, real kills."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,9 +24,9 @@ from nkat_ray.data import Split
 from nkat_ray.data.parquet import pair_path, write_split
 from nkat_ray.metrics import NKAT_SCALARS, wilson_interval
 from nkat_ray.model.capture import nkat_scalars
-from nkat_ray.model.vit import load_pretrained
-from nkat_ray.report.tables import read_curves
-from nkat_ray.train.loop import Trainer, normalise, to_network_size
+from nkat_ray.record.tables import read_rows
+from nkat_ray.train.images import normalise, to_network_size
+from nkat_ray.train.loop import Trainer
 
 TINY = (
     "--dataset tints --embed_dim 16 --num_heads 2 --depth 1 --epochs 3 --warmup 1 --lr 1e-2 --batch_size 32 "
@@ -58,10 +59,14 @@ def nkat(folder: Path, nkat_script: Callable[..., Any]) -> Callable[..., Any]:
     return lambda line, *more: nkat_script("train", "--data_dir", folder, *line.split(), *more)
 
 
+def saved_model(folder: Path) -> Any:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
 def accuracies(out: Path) -> list[float]:
     events = EventAccumulator(str(next((out / "tensorboard").glob("trial_*/*tfevents*"))))
     events.Reload()
-    return [event.value for event in events.Scalars("val/accuracy")]
+    return [event.value for event in events.Scalars("curves/val_accuracy")]
 
 
 # --- one training -----------------------------------------------------------------------------------------------------
@@ -73,7 +78,7 @@ def test_it_trains_scores_the_test_images_once_and_says_what_came_out(nkat, fold
     assert [int(n) for n in re.findall(r"epoch (\d)/3:", said)] == [1, 2, 3]
     result = json.loads((tmp_path / "a" / "result.json").read_text())
 
-    model = load_pretrained(tmp_path / "a" / "best").eval()  # the accuracy again, from what was left behind
+    model = saved_model(tmp_path / "a" / "best")  # the accuracy again, from what was left behind
     images, labels = tinted(100, seed=100)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) * 255 for key in ("mean", "std"))
     with torch.no_grad():
@@ -113,7 +118,7 @@ def test_a_training_stopped_after_an_epoch_goes_on_bit_for_bit(nkat, tmp_path, m
     assert "epoch 1/3" not in said
     whole, cut = (tmp_path / name / "best" / "model.safetensors" for name in ("whole", "cut"))
     assert cut.read_bytes() == whole.read_bytes()
-    curves = [read_curves(tmp_path / name / "curves.parquet") for name in ("whole", "cut")]
+    curves = [read_rows(tmp_path / name / "curves.parquet") for name in ("whole", "cut")]
     times = ("started_s", "epoch_s", "images_per_s")
     of_both = [[{key: row[key] for key in row if key not in times} for row in rows] for rows in curves]
     assert of_both[0] == of_both[1]
@@ -125,11 +130,11 @@ def test_a_training_stopped_after_an_epoch_goes_on_bit_for_bit(nkat, tmp_path, m
 
 def test_its_curve_has_the_scalars_of_the_model_that_it_keeps(nkat, tmp_path):
     nkat(TINY, "--out", tmp_path / "a", "--depth", 2)
-    found = nkat_scalars(load_pretrained(tmp_path / "a" / "best"))
+    found = nkat_scalars(saved_model(tmp_path / "a" / "best"))
     best = json.loads((tmp_path / "a" / "result.json").read_text())["best_epoch"]
-    (row,) = [row for row in read_curves(tmp_path / "a" / "curves.parquet") if row["epoch"] == best]
+    (row,) = [row for row in read_rows(tmp_path / "a" / "curves.parquet") if row["epoch"] == best]
     assert {name: row[name] for name in NKAT_SCALARS} == {name: found[name] for name in NKAT_SCALARS}
-    assert row["val_accuracy"] == max(row["val_accuracy"] for row in read_curves(tmp_path / "a" / "curves.parquet"))
+    assert row["val_accuracy"] == max(row["val_accuracy"] for row in read_rows(tmp_path / "a" / "curves.parquet"))
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(nkat, tmp_path, monkeypatch):
@@ -163,6 +168,17 @@ def stopping_after(epoch: int) -> Callable[..., None]:
             raise KeyboardInterrupt
 
     return stop
+
+
+def test_a_training_with_muon_and_stochastic_depth_goes_on_bit_for_bit(nkat, tmp_path, monkeypatch):
+    line = f"{TINY} --optimizer muon --drop_path 0.3 --depth 2"
+    assert nkat(line, "--out", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_checkpoint", stopping_after(1))
+        assert nkat(line, "--out", tmp_path / "cut")[0] == 130
+    assert nkat("--resume", "--out", tmp_path / "cut")[0] == 0
+    whole, cut = (tmp_path / name / "best" / "model.safetensors" for name in ("whole", "cut"))
+    assert cut.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.slow
@@ -221,7 +237,7 @@ def test_smoke_judges_the_tenth_epoch_itself(nkat, tmp_path, monkeypatch, tenth,
 def test_a_training_that_diverges_stops_itself_and_keeps_its_last_finite_state(nkat, tmp_path, monkeypatch):
     step = Trainer._step
     monkeypatch.setattr(
-        Trainer, "_step", lambda self, where, n: step(self, where, n) * (torch.nan if self.epoch == 1 else 1.0)
+        Trainer, "_step", lambda self, batch, n: step(self, batch, n) * (torch.nan if self.epoch == 1 else 1.0)
     )
     code, said, _ = nkat(TINY, "--out", tmp_path / "a")
     assert code == 1
@@ -232,10 +248,14 @@ def test_a_training_that_diverges_stops_itself_and_keeps_its_last_finite_state(n
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--dataset dogs", "'dogs' cannot be had"),
+        ("--dataset dogs", "'dogs' is missing"),
         ("--dataset tints --smoke --epochs 9 --warmup 1", "epochs is 9; --smoke needs at least 10"),
         ("--dataset tints --train_images 5000", "train_images is 5000"),
         ("--dataset tints --patch_size 3", "patch_size is 3"),
+        ("--dataset tints --optimizer lion", "lion"),
+        ("--dataset tints --optimizer muon --lr 1.5", "lr is 1.5; allowed: a number, > 0 and <= 1"),
+        ("--dataset tints --optimizer muon --lr 0", "lr is 0.0; allowed: a number, > 0 and <= 1"),
+        ("--dataset tints --drop_path 1", "drop_path is 1.0; allowed: a number, 0..0.9"),
         ("--dataset tints --split_heads --num_heads 4", "split_heads"),
         ("--dataset tints --mixup 0.6 --cutmix 0.6", "mixup + cutmix must be <= 1"),
     ],
@@ -265,6 +285,41 @@ def test_nothing_to_resume_and_a_flag_that_disagrees_are_refused(nkat, tmp_path,
     code, _, error = nkat("--resume --lr 0.5", "--out", tmp_path / "a")
     assert code == 2
     assert "lr is 0.5" in error
+
+
+def test_a_training_of_a_newer_version_is_refused_with_its_unknown_settings(nkat, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_checkpoint", stopping_after(1))
+        nkat(TINY, "--out", tmp_path / "a")
+    path = tmp_path / "a" / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "experts": 4}))
+    code, _, error = nkat("--resume", "--out", tmp_path / "a")
+    assert code == 2
+    assert "does not know: experts;" in " ".join(error.split())
+
+
+def test_without_out_trainings_are_kept_and_resumed_under_the_storage_path(nkat, tmp_path, monkeypatch):
+    monkeypatch.setenv("NKAT_STORAGE_PATH", str(tmp_path / "shared"))
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_checkpoint", stopping_after(1))
+        nkat(TINY)
+    assert [path.parent.name for path in (tmp_path / "shared").glob("train-tints-*/training.json")]
+    assert not (tmp_path / "runs").exists()
+    code, said, _ = nkat("--resume")
+    assert code == 0
+    assert "continued after epoch 1" in said
+
+
+def test_a_bucket_as_storage_path_needs_a_folder_of_its_own(nkat, tmp_path, monkeypatch):
+    monkeypatch.setenv("NKAT_STORAGE_PATH", "s3://bucket/runs")
+    monkeypatch.chdir(tmp_path)
+    for line in (TINY, "--resume"):
+        code, _, error = nkat(line)
+        assert code == 2
+        assert "'s3://bucket/runs'; `nkat train` writes to a folder; give one with --out" in " ".join(error.split())
+    assert list(tmp_path.iterdir()) == []
+    assert nkat(TINY, "--out", tmp_path / "a")[0] == 0
 
 
 # --- the notes' command, and data of one's own ------------------------------------------------------------------------

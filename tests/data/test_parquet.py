@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nkat_ray.data import DataError, Split
-from nkat_ray.data.parquet import read_header, read_labels, read_split, write_split
+from nkat_ray.data.parquet import open_shards, write_split
+
+
+def opened(path):
+    return open_shards({"train": (path,)})
+
+
+def decoded(path):
+    layout = opened(path)
+    return layout.load("train", layout.shape())
 
 
 def random_split(n, channels, height, width, classes=3, seed=0):
@@ -33,36 +42,36 @@ def test_what_is_written_is_read_back(tmp_path, n, channels, height, width, enco
     path = tmp_path / "x.parquet"
     split = random_split(n, channels, height, width, seed=seed)
     write_split(path, split, class_names=("a", "b", "c"), source="a test", encoding=encoding)
-    header = read_header(path)
-    read = read_split(header)
+    layout = opened(path)
+    read = layout.load("train", layout.shape())
     np.testing.assert_array_equal(read.images, split.images)
     np.testing.assert_array_equal(read.labels, split.labels)
-    np.testing.assert_array_equal(read_labels(header), split.labels)
+    np.testing.assert_array_equal(layout.labels("train"), split.labels)
     assert read.images.flags.c_contiguous
     assert read.labels.dtype == np.int64
-    assert (header.rows, header.grey, header.flip) == (n, channels == 1, channels == 3)
-    assert header.class_names == ("a", "b", "c")
+    assert (layout.size("train"), layout.shape(), layout.flip) == (n, (channels, height, width), None)
+    assert layout.class_names == ("a", "b", "c")
     rows = np.random.default_rng(seed).integers(n, size=5)
-    np.testing.assert_array_equal(read_split(header, rows).images, split.images[rows])
-    np.testing.assert_array_equal(read_split(header, rows).labels, split.labels[rows])
+    np.testing.assert_array_equal(layout.load("train", layout.shape(), rows).images, split.images[rows])
+    np.testing.assert_array_equal(layout.load("train", layout.shape(), rows).labels, split.labels[rows])
 
 
 def test_raw_images_are_channels_last(tmp_path, write_file):
     path = write_file(tmp_path / "x.parquet", n=3, shape="4,5,3")
     row = pq.read_table(path)["image"][1].as_py()
     expected = np.frombuffer(row, np.uint8).reshape(4, 5, 3)
-    np.testing.assert_array_equal(read_split(read_header(path)).images[1].transpose(1, 2, 0), expected)
+    np.testing.assert_array_equal(decoded(path).images[1].transpose(1, 2, 0), expected)
 
 
 def test_png_equals_pillow(tmp_path, write_file):
     pixels = np.random.default_rng(0).integers(256, size=(2, 8, 8, 3), dtype=np.uint8)
     path = write_file(tmp_path / "x.parquet", n=2, metadata={"encoding": "png"}, image=encoded(pixels, "png"))
-    np.testing.assert_array_equal(read_split(read_header(path)).images, pixels.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(decoded(path).images, pixels.transpose(0, 3, 1, 2))
 
 
 def test_flip_is_read_from_the_metadata(tmp_path, write_file):
-    assert read_header(write_file(tmp_path / "a.parquet", shape="8,8", metadata={"flip": "true"})).flip
-    assert not read_header(write_file(tmp_path / "b.parquet", metadata={"flip": "false"})).flip
+    assert opened(write_file(tmp_path / "a.parquet", shape="8,8", metadata={"flip": "true"})).flip is True
+    assert opened(write_file(tmp_path / "b.parquet", metadata={"flip": "false"})).flip is False
 
 
 def encoded(pixels, kind):
@@ -85,20 +94,20 @@ DAMAGE = {
     "empty label": (dict(label=pa.array([0, None, 1])), "1 labels are empty"),
     "label of words": (dict(label=pa.array(["a", "b", "c"])), "column `label` is string"),
     "label of floats": (dict(label=pa.array([0.0, 1.0, 0.5])), "column `label` is double"),
-    "no label": (dict(label=None), "add `label`"),
-    "no image": (dict(image=None), "add `image`"),
+    "no label": (dict(label=None), "no column holds labels (columns: image)"),
+    "no image": (dict(image=None), "no column holds images (columns: label)"),
     "images as lists": (dict(image=pa.array([[1], [2], [3]])), "column `image` is list"),
     "empty image": (dict(image=pa.array([b"x" * 192, None, b"x" * 192])), "1 images are empty"),
     "short image": (dict(image=pa.array([b"x" * 192, b"x" * 191, b"x" * 192])), "row 1 holds 191 bytes; allowed: 192"),
     "float images": (dict(image=pa.array([b"x" * 768] * 3)), "row 0 holds 768 bytes"),
-    "no encoding": (dict(metadata={"encoding": None}), "no `encoding`"),
+    "no encoding": (dict(metadata={"encoding": None}), "lack encoding"),
     "unknown encoding": (dict(metadata={"encoding": "jpeg"}), "encoding is 'jpeg'; allowed: raw, png, webp"),
-    "no shape": (dict(metadata={"shape": None}), "no `shape`"),
+    "no shape": (dict(metadata={"shape": None}), "lack shape"),
     "too large": (dict(shape="33,32,3"), 'allowed: "H,W"'),
     "four channels": (dict(shape="8,8,4"), "C 1 or 3"),
     "one number": (dict(metadata={"shape": "8"}), "shape is '8'"),
     "words": (dict(metadata={"shape": "8,8,rgb"}), "shape is '8,8,rgb'"),
-    "no classes": (dict(metadata={"classes": None}), "no `classes`"),
+    "no classes": (dict(metadata={"classes": None}), "lack classes"),
     "one class": (dict(metadata={"classes": "cat"}), "two or more"),
     "a class twice": (dict(metadata={"classes": "cat,cat"}), "two or more different"),
     "bad flip": (dict(metadata={"flip": "maybe"}), "flip is 'maybe'; allowed: true, false"),
@@ -107,13 +116,13 @@ DAMAGE = {
     "no webp": (dict(metadata={"encoding": "webp"}), "row 0 is no readable webp"),
     "png too large": (
         dict(metadata={"encoding": "png"}, image=encoded(np.zeros((3, 40, 40, 3), np.uint8), "png")),
-        "row 0 is 40x40 RGB; allowed: 8x8 RGB",
+        "row 0 is no readable png (it is 40x40 RGB; allowed: 8x8 RGB as `shape` says)",
     ),
     "grey png": (
         dict(metadata={"encoding": "png"}, image=encoded(np.zeros((3, 8, 8), np.uint8), "png")),
-        "is 8x8 L; allowed: 8x8 RGB",
+        "it is 8x8 L; allowed: 8x8 RGB",
     ),
-    "16 bit png": (dict(metadata={"encoding": "png"}, shape="8,8", image=grey16(3)), "is 8x8 I;16; allowed: 8x8 L"),
+    "16 bit png": (dict(metadata={"encoding": "png"}, shape="8,8", image=grey16(3)), "it is 8x8 I;16; allowed: 8x8 L"),
     "truncated png": (
         dict(
             metadata={"encoding": "png"},
@@ -136,11 +145,26 @@ def test_damage_is_named_in_one_line(tmp_path, write_file, kind):
     options, message = DAMAGE[kind]
     path = write_file(tmp_path / "x.parquet", **{"n": 3, **options})
     with pytest.raises(DataError) as caught:
-        read_split(read_header(path))
+        decoded(path)
     text = str(caught.value)
     assert message in text
     assert "x.parquet" in text
     assert "\n" not in text
+
+
+def test_everything_wrong_is_named_at_once(tmp_path, write_file):
+    nothing = dict.fromkeys(("encoding", "shape", "classes"))
+    path = write_file(
+        tmp_path / "x.parquet", metadata={**nothing, "flip": "maybe"}, label=None, image=None, img=[b"x"] * 20
+    )
+    with pytest.raises(DataError) as caught:
+        opened(path)
+    for message in (
+        "no column holds labels",
+        "lack encoding, shape, classes",
+        "flip is 'maybe'",
+    ):
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, -1, -200])
@@ -148,14 +172,14 @@ def test_a_file_cut_short_is_damaged(tmp_path, write_file, keep):
     path = write_file(tmp_path / "x.parquet")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet"):
-        read_split(read_header(path))
+        decoded(path)
 
 
 def test_a_folder_or_nothing_in_its_place(tmp_path):
     (tmp_path / "x.parquet").mkdir()
     for name in ("x.parquet", "y.parquet"):
         with pytest.raises(DataError, match="cannot be read"):
-            read_header(tmp_path / name)
+            opened(tmp_path / name)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -169,7 +193,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(pq, "write_table", fail)
     with pytest.raises(OSError, match="disk full"):
         write_split(path, split, class_names=("a", "b", "c"), source="new")
-    assert read_header(path).source == "old"
+    assert opened(path).source == "old"
     assert [entry.name for entry in Path(tmp_path).iterdir()] == ["x.parquet"]
 
 
@@ -183,18 +207,18 @@ def load(path: Path) -> None:
     """Read all of a file: what comes is what the header says, or a DataError says in one line why not."""
     refusal = None
     try:
-        header = read_header(path)
-        labels, split = read_labels(header), read_split(header)
+        layout = opened(path)
+        labels, split = layout.labels("train"), layout.load("train", layout.shape())
     except DataError as error:
         refusal = str(error)
     if refusal is not None:
         assert path.name in refusal
         assert "\n" not in refusal
         return
-    shape = (header.rows, header.channels, header.height, header.width)
+    shape = (layout.size("train"), *layout.shape())
     assert (split.images.shape, split.images.dtype) == (shape, np.uint8)
     np.testing.assert_array_equal(split.labels, labels)
-    assert set(labels) <= set(range(len(header.class_names)))
+    assert set(labels) <= set(range(len(layout.class_names)))
 
 
 @pytest.fixture(scope="module")

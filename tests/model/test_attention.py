@@ -241,11 +241,26 @@ def test_scores_are_float32_under_autocast():
     layer.qkv.register_forward_hook(lambda _module, _args, out: projected.append(out))
     layer.attn_drop.register_forward_hook(lambda _module, args, _out: seen.append(args[0]))
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer.eval()(x).dtype == torch.bfloat16
+        assert layer.eval()(x).dtype == torch.float32
     q, k, _ = projected[0].double().view(2, 16, 3, 4, 8).permute(2, 0, 3, 1, 4)  # as rounded to bfloat16
     exact = filtered_softmax(q @ k.mT / math.sqrt(8), top_k=6, top_p=0.8)
     assert seen[0].dtype == torch.float32
     torch.testing.assert_close(seen[0].double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("split_heads", [False, True])
+def test_the_modulation_keeps_its_effect_under_autocast(split_heads):
+    """Its factor, 1.0001 or so, is below bfloat16's resolution."""
+    options = dict(dtype=torch.float32, split_heads=split_heads, **({"num_heads": 8} if split_heads else {}))
+    layer, without = attention_layer(nkat_strength=0.0024, **options), attention_layer(nkat_strength=0.0, **options)
+    without.load_state_dict(layer.state_dict())
+    x = tokens_in(16, batch=8).float()
+    x = x.view(4, 2, 16, 32) if split_heads else x
+    factor = layer.modulation(x[-1] if split_heads else x)
+    assert 0 < (factor - 1).abs().max() < 2**-9  # half of bfloat16's step above 1
+    with torch.autocast("cpu", torch.bfloat16):
+        ratio = (layer(x) - layer.proj.bias) / (without(x) - layer.proj.bias)
+    assert (ratio.median(-1, keepdim=True).values - factor).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("fused", [False, True])

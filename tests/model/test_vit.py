@@ -1,9 +1,11 @@
-"""NKAT-ViT through timm's door and the package's: counts, saving, the search space, transfer."""
+"""NKAT-ViT as timm and as the package create it: counts, saving, the search space, stochastic depth."""
 
 import itertools
 import json
 import math
+import os
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,8 +15,9 @@ from timm.layers import set_fused_attn
 from timm.utils import AttentionExtract
 
 import nkat_ray.model as nkat
-from nkat_ray.config import SPACES, Choice, ModelConfig, TrialConfig, field_names
+from nkat_ray.config import ModelConfig, TrialConfig, field_names
 from nkat_ray.model.vit import ResidualScalar
+from nkat_ray.space import SPACES, Choice
 
 SMALL = {"embed_dim": 32, "depth": 2}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
@@ -29,6 +32,10 @@ def small_model(*, num_classes=10, grey=False, **fields):
     return nkat.create_nkat_vit(
         ModelConfig(**{**SMALL, **fields}), num_classes=num_classes, grey=grey, mean=MEAN, std=STD
     )
+
+
+def saved(folder):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
 def assert_same_model(a, b):
@@ -78,7 +85,7 @@ def test_through_timm_a_filter_that_is_not_given_or_none_is_off():
         ({"img_size": 64}, "img_size is 64"),
     ],
 )
-def test_timm_is_told_what_is_out_of_range(options, message):
+def test_timm_gets_a_clear_error_for_a_value_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("nkat_vit", **{**SMALL, **options})
 
@@ -170,20 +177,50 @@ def test_repeated_grey_images_train_with_split_heads():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+# --- stochastic depth -------------------------------------------------------------------------------------------------
+
+
+def test_branches_are_skipped_more_often_towards_the_last_block():
+    model = small_model(depth=5, drop_path=0.4)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_each_image_skips_whole_branches_in_training_only_and_what_stays_is_scaled_up():
+    model, plain = (small_model(drop_path=rate, dropout_attn=0.0, dropout_embed=0.0) for rate in (0.5, 0.0))
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(images()), plain.eval()(images()))
+    block, tokens = model.train().blocks[-1], torch.randn(64, 16, 32)
+    attention = block.ls1(block.attn(block.norm1(tokens)))
+    block.mlp.fc2.weight.data.zero_()
+    block.mlp.fc2.bias.data.zero_()  # the other branch adds nothing
+    share = ((block(tokens) - tokens) / attention).detach().flatten(1)
+    assert set(share.median(1).values.round().tolist()) == {0.0, 2.0}
+    assert share.median(1).values == pytest.approx(share.mean(1), abs=0.05)  # all tokens of an image alike
+
+
+def test_without_stochastic_depth_nothing_is_drawn():
+    model = small_model(dropout_attn=0.0, dropout_embed=0.0).train()
+    before = torch.get_rng_state()
+    model(images())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # --- grey -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["layernorm", "residual"])
 def test_grey_bypasses_color_norm_and_only_the_field_decides(mode):
-    model, off = small_model(color_norm=mode).eval(), small_model(color_norm="off").eval()
-    torch.nn.init.constant_(model.patch_embed.color_norm.norm.bias, 0.5)  # else `residual` leaves grey pixels alone
-    off.load_state_dict(model.state_dict(), strict=False)
+    colour, off = small_model(color_norm=mode).eval(), small_model(color_norm="off").eval()
+    grey = small_model(color_norm=mode, grey=True).eval()
+    torch.nn.init.constant_(colour.patch_embed.color_norm.norm.bias, 0.5)  # else `residual` leaves grey pixels alone
+    grey.load_state_dict(colour.state_dict())
+    off.load_state_dict(colour.state_dict(), strict=False)
     repeated = images()[:, :1].repeat(1, 3, 1, 1)
-    assert not torch.equal(model(repeated), off(repeated))  # grey pixels alone change nothing
-    nkat.set_grey(model, True)
-    assert model.grey
-    assert torch.equal(model(repeated), off(repeated))
-    assert torch.equal(model(images()), off(images()))
+    assert not torch.equal(colour(repeated), off(repeated))  # grey pixels alone change nothing
+    assert (colour.grey, grey.grey) == (False, True)
+    assert torch.equal(grey(repeated), off(repeated))
+    assert torch.equal(grey(images()), off(images()))
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -200,38 +237,41 @@ def test_grey_bypasses_color_norm_and_only_the_field_decides(mode):
 )
 @pytest.mark.parametrize("grey", [False, True])
 def test_a_saved_folder_reloads_bit_equal_through_timm(tmp_path, fields, grey):
-    model = small_model(**fields).train()
+    model = small_model(grey=grey, **fields).train()
     model(images())  # moves BatchNorm's statistics
-    nkat.set_grey(model, grey)
     nkat.save_pretrained(model, tmp_path / "best")
-    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["config.json", "model.safetensors"]
-    for again in (
-        timm.create_model(f"local-dir:{tmp_path}/best", pretrained=True),
-        nkat.load_pretrained(tmp_path / "best"),
-    ):
-        assert (again.config, again.grey) == (model.config, grey)
-        assert tuple(again.pretrained_cfg["mean"]) == MEAN
-        assert tuple(again.pretrained_cfg["std"]) == STD
-        assert_same_model(model, again)
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    again = saved(tmp_path / "best")
+    assert (again.config, again.grey) == (model.config, grey)
+    assert tuple(again.pretrained_cfg["mean"]) == MEAN
+    assert tuple(again.pretrained_cfg["std"]) == STD
+    assert_same_model(model, again)
+
+
+# Reported in safetensors/safetensors#782, huggingface/sentence-transformers#4010
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_every_file_is_readable_by_whom_the_umask_lets_read(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        nkat.save_pretrained(small_model(depth=1), tmp_path / "best", class_names=["a", "b"])
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "best").iterdir()} == {0o666 & ~mask}
+
+
+# Reported in SHI-Labs/Compact-Transformers#40, huggingface/pytorch-image-models#2419
+def test_a_saved_folder_says_what_it_needs_and_what_its_classes_are(tmp_path):
+    nkat.save_pretrained(small_model(depth=1), tmp_path, class_names=["cat", "dog"])
+    assert json.loads((tmp_path / "config.json").read_text())["label_names"] == ["cat", "dog"]
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    exec(code.replace("FOLDER", str(tmp_path)), {})
 
 
 def test_saving_twice_and_from_any_memory_layout(tmp_path):
     nkat.save_pretrained(small_model(depth=1), tmp_path)
     model = small_model().to(memory_format=torch.channels_last)
     nkat.save_pretrained(model, tmp_path)
-    assert_same_model(model.to(memory_format=torch.contiguous_format), nkat.load_pretrained(tmp_path))
-
-
-def test_a_transferred_model_is_saved_with_its_new_head(tmp_path):
-    model = small_model()
-    backbone = model.blocks[0].mlp.fc1.weight.clone()
-    nkat.replace_head(model, 26)
-    nkat.set_grey(model, True)
-    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.2)
-    nkat.save_pretrained(model, tmp_path)
-    again = nkat.load_pretrained(tmp_path)
-    assert (again.num_classes, again.grey, again(images()).shape) == (26, True, (2, 26))
-    assert torch.equal(again.blocks[0].mlp.fc1.weight, backbone)
+    assert_same_model(model.to(memory_format=torch.contiguous_format), saved(tmp_path))
 
 
 def test_timm_puts_a_fresh_head_on_saved_weights(tmp_path):
@@ -240,25 +280,6 @@ def test_timm_puts_a_fresh_head_on_saved_weights(tmp_path):
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=4)
     assert other(images()).shape == (2, 4)
     assert torch.equal(other.pos_embed, model.pos_embed)
-
-
-def test_what_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
-        nkat.load_pretrained(tmp_path)
-    nkat.save_pretrained(small_model(), tmp_path)
-    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:1000])
-    with pytest.raises(ValueError, match="does not hold a readable NKAT-ViT"):
-        nkat.load_pretrained(tmp_path)
-    weights.write_bytes(whole)
-    text = config.read_text()
-    config.write_text(text[:40])
-    with pytest.raises(ValueError, match="does not hold a readable NKAT-ViT"):
-        nkat.load_pretrained(tmp_path)
-    config.write_text(json.dumps(json.loads(text) | {"architecture": "vit_tiny_patch16_224"}))
-    with pytest.raises(ValueError, match="architecture is 'vit_tiny_patch16_224'"):
-        nkat.load_pretrained(tmp_path)
 
 
 def test_a_trial_configuration_is_enough():

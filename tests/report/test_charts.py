@@ -1,7 +1,7 @@
-"""The figures' data: lanes, Pareto front, escaping, one legend entry a stop reason."""
+"""The figures' data: Pareto front, datasets, one legend entry per stop reason."""
 
+import dataclasses
 import itertools
-import json
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 from nkat_ray.files import STAGE2_FILE
-from nkat_ray.report import charts, tables
+from nkat_ray.metrics import STAGE2_DATASETS
+from nkat_ray.record import tables
+from nkat_ray.record.run_folder import load_run
+from nkat_ray.report import charts
+from nkat_ray.report.advice import Loss
 
 
 def test_every_stop_reason_has_a_colour_and_a_mark() -> None:
@@ -44,22 +48,6 @@ def test_colour_blind_readers_tell_the_stop_reasons_apart(matrix: Any) -> None:
     assert len(set(charts.SYMBOLS.values())) == len(charts.SYMBOLS)  # and the marks differ
 
 
-def test_lanes_never_overlap_and_are_as_few_as_trials_at_once() -> None:
-    rng = random.Random(3)
-    spans = {
-        n: (f"node{rng.randrange(2)}", start := rng.uniform(0, 100), start + rng.uniform(0, 30)) for n in range(60)
-    }
-    lanes = charts.pack_lanes(spans)
-    for a, b in itertools.combinations(spans, 2):
-        if lanes[a] == lanes[b]:
-            assert spans[a][2] <= spans[b][1] + 1e-6 or spans[b][2] <= spans[a][1] + 1e-6
-    for node in ("node0", "node1"):
-        mine = [span for span in spans.values() if span[0] == node]
-        at_once = max(sum(start <= span[1] < end for _, start, end in mine) for span in mine)
-        assert len({lane for lane in lanes.values() if lane[0] == node}) == at_once
-        assert all(lanes[trial][0] == spans[trial][0] for trial in spans)
-
-
 def test_pareto_front_against_pairwise_comparison() -> None:
     rng = random.Random(5)
     points = [(float(rng.randrange(20, 28)), rng.randrange(30, 90) / 100) for _ in range(80)]
@@ -67,51 +55,75 @@ def test_pareto_front_against_pairwise_comparison() -> None:
     assert charts.pareto_front(points) == sorted(set(points) - beaten)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_line_of_the_front_runs_through_no_trial_that_is_beaten(seed: int) -> None:
+    rng = random.Random(seed)
+    trials = [
+        {"trial": n, "stop_reason": "finished", "lambda_theory": rng.choice([20.0, 22.0, 24.0, 26.4]),
+         "best_val_accuracy": rng.randrange(30, 50) / 100}
+        for n in range(30)
+    ]  # fmt: skip
+    line = next(trace for trace in charts.pareto(trials, 0.3).data if trace.name == "Pareto front")
+    assert line.line.shape in (None, "linear")
+    front = list(zip(line.x, line.y, strict=True))
+    for row in trials:
+        x, y = row["lambda_theory"], row["best_val_accuracy"]
+        for (x1, y1), (x2, y2) in itertools.pairwise(front):
+            on_line = x1 <= x <= x2 and abs((y - y1) * (x2 - x1) - (y2 - y1) * (x - x1)) < 1e-9
+            assert not on_line or (x, y) in front
+
+
 def test_learning_curves_name_each_stop_reason_once(make_run: Callable[..., Any]) -> None:
-    run = make_run(repeat=2)
-    figure = charts.learning_curves(run.trials, run.curves, gate=0.42, winner=0, searched=["depth", "conv_stem"])
-    shown = [trace["name"] for trace in figure["data"] if trace.get("showlegend", True)]
+    run = load_run(make_run(repeat=2).folder)
+    traces = charts.learning_curves(run).data
+    shown = [trace.name for trace in traces if trace.showlegend is not False]
     assert shown == ["finished", "asha", "smoke", "gate", "nan", "winner (trial 0)", "gate 0.42"]
-    assert sum(len(trace["x"]) for trace in figure["data"][:-1]) == len(run.curves)
-    assert figure["data"][-1]["y"] == [0.42, 0.42]
+    assert sum(len(trace.x) for trace in traces[:-1]) == len(run.curves)
+    assert traces[-1].y == (0.42, 0.42)
 
 
 @pytest.mark.parametrize(("last", "step"), [(1, 1), (10, 1), (11, None)])
 def test_few_epochs_are_labelled_one_by_one(make_run: Callable[..., Any], last: int, step: int | None) -> None:
-    run = make_run()
-    curves = [row for row in run.curves if row["epoch"] <= last]
-    figure = charts.learning_curves(run.trials, curves, gate=0.42, winner=0, searched=["depth"])
-    assert figure["layout"]["xaxis"].get("dtick") == step
-
-
-def test_text_from_data_is_no_markup_to_plotly(make_run: Callable[..., Any]) -> None:
-    run = make_run()
-    for row in run.trials:
-        row |= {"config/conv_stem": "<b>x</b>", "node": "<a href=x>", "stop_reason": row["stop_reason"]}
-    figures = [
-        charts.learning_curves(run.trials, run.curves, gate=0.42, winner=0, searched=["conv_stem"]),
-        charts.timeline(run.trials, run.curves),
-        charts.slice_of("<i>", [("<u>", 0.5, True)]),
-    ]
-    text = json.dumps(tables.plain(figures))
-    assert not any(tag in text for tag in ("<a", "<i>", "<u>", "<b>x"))
-
-
-def test_a_running_trial_ends_with_its_last_epoch(make_run: Callable[..., Any]) -> None:
-    run = make_run(running=True)
-    last = run.trials[-1]
-    ends = [row["started_s"] + row["epoch_s"] for row in run.curves if row["trial"] == last["trial"]]
-    expected = (last["node"], last["started_s"], pytest.approx(max(ends)))
-    assert charts.trial_spans(run.trials, run.curves)[last["trial"]] == expected
-    since_1970 = [row | {"started_s": row["started_s"] + 1.7e9} for row in run.curves]
-    assert charts.trial_spans(run.trials, since_1970)[last["trial"]] == expected
+    run = load_run(make_run().folder)
+    run = dataclasses.replace(run, curves=[row for row in run.curves if row["epoch"] <= last])
+    assert charts.learning_curves(run).layout.xaxis.dtick == step
 
 
 def test_dataset_bars_leave_a_missing_dataset_empty(make_run: Callable[..., Any]) -> None:
     run = make_run(emnist=None)
-    rows = {row["dataset"]: row for row in tables.read_stage2(run.folder / STAGE2_FILE) if row["trial"] == 0}
-    figure = charts.dataset_bars(rows, score="tpe")
-    bars = dict(zip(figure["data"][0]["y"], figure["data"][0]["x"], strict=True))
-    assert bars["EMNIST letters"] is None
+    rows = {row["dataset"]: row for row in tables.read_rows(run.folder / STAGE2_FILE) if row["trial"] == 0}
+    measured, targets = charts.dataset_bars({"one": rows}, STAGE2_DATASETS, score="tpe").data
+    bars = dict(zip(measured.y, measured.x, strict=True))
+    assert bars["EMNIST letters (missing)"] is None
     assert bars["MNIST"] == rows["mnist"]["tpe"]
-    assert [note["text"] for note in figure["layout"]["annotations"]] == ["missing"]
+    assert dict(zip(targets.y, targets.x, strict=True))["MNIST"] == 0.69
+
+
+def test_dataset_bars_show_what_was_asked_for_and_nothing_else(make_run: Callable[..., Any]) -> None:
+    rows = {row["dataset"]: row for row in make_run().stage2 if row["trial"] == 0}
+    rows["mine"] = {**rows["mnist"], "status": "failed", "classes": 2, "test_accuracy": 0.41, "tpe": 0.3}
+    measured, targets = charts.dataset_bars({"one": rows}, ["cifar10", "mine"], score="test_accuracy").data
+    assert measured.y == ("mine (at chance)", "CIFAR-10")
+    assert measured.text[0] == "0.410"
+    assert targets.x == (None, 0.6)  # the notes name no target for it
+
+
+def test_dataset_bars_of_several_runs_stand_side_by_side(make_run: Callable[..., Any]) -> None:
+    rows = {row["dataset"]: row for row in make_run().stage2 if row["trial"] == 0}
+    *bars, _ = charts.dataset_bars({"a": rows, "b": {}}, STAGE2_DATASETS, score="test_accuracy").data
+    assert [trace.name for trace in bars] == ["a", "b"]
+    assert bars[0].y == bars[1].y == ("CIFAR-10", "EMNIST letters", "Fashion-MNIST", "MNIST")
+    assert bars[1].x == (None,) * 4
+    low, high = bars[0].error_x.arrayminus[0], bars[0].error_x.array[0]
+    assert (bars[0].x[0] - low, bars[0].x[0] + high) == pytest.approx(
+        (rows["cifar10"]["ci_low"], rows["cifar10"]["ci_high"])
+    )
+
+
+def test_the_waterfall_ends_at_the_score_and_shows_the_target() -> None:
+    drawn = charts.waterfall([Loss("lambda", 0.02), Loss("errors on MNIST", 0.03)], 0.65, 0.70)
+    bars, line = drawn.data
+    assert list(bars.x) == pytest.approx([0.70, -0.02, -0.03, 0.65])
+    assert list(bars.measure) == ["absolute", "relative", "relative", "total"]
+    assert list(bars.y) == ["without an error 0.700", "lambda -0.020", "MNIST -0.030", "now 0.650"]
+    assert list(line.x) == [0.70, 0.70]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nkat_ray.files import TENSORBOARD_FOLDER, TRIALS_FILE
-from nkat_ray.report import tables
+from nkat_ray.record import tables
 from nkat_ray.report.tensorboard import TensorBoardLog
 
 pytestmark = pytest.mark.browser
@@ -63,8 +63,9 @@ def logdir(shown_run: Path, make_run: Callable[..., Any], tmp_path: Path) -> Pat
         run = make_run()
         with TensorBoardLog(folder) as log:
             for row in run.trials:
+                log.on_trial_start(row["trial"], tables.config_of(row))
                 for result in (point for point in run.curves if point["trial"] == row["trial"]):
-                    log.on_result(row["trial"], result)
+                    log.on_epoch(row["trial"], result)
                 log.on_trial_end(row["trial"], row)
             log.stage2(run.summary, run.stage2, run.curves)
     return folder
@@ -76,10 +77,12 @@ def texts(browser: Any) -> str:
 
 
 def test_hparams_lists_every_trial(logdir: Path, shown_run: Path, browser: Any, screenshots: Path) -> None:
-    trials = tables.read_trials(shown_run / TRIALS_FILE)
+    trials = tables.read_rows(shown_run / TRIALS_FILE)
     with tensorboard(logdir) as url:
         browser.open(f"{url}#hparams", width=1400, height=600)
-        browser.until(f"{DEEP}.some(e => !e.children.length && e.textContent.includes('trial {trials[-1]['trial']}'))")
+        browser.until(
+            f"{DEEP}.some(e => !e.children.length && e.textContent.includes('trial_{trials[-1]['trial']:04} '))"
+        )
         shown = texts(browser)
         browser.eval(f"{DEEP}.filter(e => {LESS}.includes(e.textContent.trim()) && e.checked).forEach(e => e.click())")
         browser.settle()
@@ -87,7 +90,7 @@ def test_hparams_lists_every_trial(logdir: Path, shown_run: Path, browser: Any, 
     assert browser.errors == []
     assert [request for request in browser.requests if not request.startswith((url, "data:", "blob:"))] == []
     for row in trials:
-        assert f"trial {row['trial']}" in shown
+        assert f"trial_{row['trial']:04} " in shown
 
 
 def test_one_chart_has_baseline_winner_and_gate(logdir: Path, browser: Any, screenshots: Path) -> None:

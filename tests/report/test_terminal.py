@@ -1,16 +1,22 @@
-"""What a person sees: 80 columns, plain lines in a pipe, nothing when quiet."""
+"""The final report and the console: 80 columns, full width in a pipe, any encoding, --quiet and --json."""
 
+import contextlib
 import io
 import json
 import re
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from nkat_ray.config import RunConfig
 from nkat_ray.report.progress import Progress
-from nkat_ray.report.terminal import Screen, final_report, result_lines
+from nkat_ray.report.terminal import Screen, final_report, plain_table, result_lines
+from nkat_ray.report.wording import after_the_fact
 
 
 def printed(run: Any, width: int = 80) -> str:
@@ -40,7 +46,7 @@ def test_final_report_states_the_figures(make_run: Callable[..., Any]) -> None:
 def test_final_report_without_survivor_says_which_accuracy_was_missing(make_run: Callable[..., Any]) -> None:
     text = " ".join(printed(make_run(gate=0.60)).split())
     assert "trial 5 with an accuracy of 0.685" in text
-    assert "the gate of 0.60 asks for 0.868: 0.183 was missing" in text
+    assert "the gate of 0.60 takes 0.868: 0.183 was missing" in text
 
 
 def test_final_report_names_a_missing_dataset_verbatim(make_run: Callable[..., Any]) -> None:
@@ -50,11 +56,112 @@ def test_final_report_names_a_missing_dataset_verbatim(make_run: Callable[..., A
     assert "Undecided" in text
 
 
-def command(screen: Screen, run: Any) -> None:
-    """A command as run.py is one: it shows its progress, a library prints, and it concludes."""
+def with_own_dataset(run: Any, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Summary and rows of a run with `--datasets cifar10 fashion_mnist NAME`: MNIST's rows become those of NAME."""
+    rows = [{**row, "dataset": name if row["dataset"] == "mnist" else row["dataset"]} for row in run.stage2]
+    asked = (name, "cifar10", "fashion_mnist")
+    rows = [row for row in rows if row["dataset"] in asked]
+    return {**run.summary, "data": {key: {"source": "made up"} for key in asked}}, rows
+
+
+# Reported in EleutherAI/lm-evaluation-harness#1112
+def test_a_dataset_of_ones_own_is_in_the_table_and_one_that_was_not_asked_for_is_not(
+    make_run: Callable[..., Any],
+) -> None:
+    run = make_run()
+    summary, rows = with_own_dataset(run, "leaves")
+    console = Console(file=io.StringIO(), width=80)
+    final_report(summary, run.trials, rows, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"^leaves +0\.985 +\.982-\.987 +10000 +- +0\.723 +- +0\.72", text, re.MULTILINE)
+    assert "missing" not in text
+    needed = "Not among --datasets, although the target is about all four: MNIST, EMNIST letters"
+    assert needed in " ".join(text.split())
+
+
+def test_at_chance_is_not_called_failed(make_run: Callable[..., Any]) -> None:
+    run = make_run()
+    guessed = {
+        "status": "failed",
+        "test_accuracy": 0.1,
+        "val_accuracy": 0.3,
+        "tpe": None,
+        "error": "at or below 1 / 10",
+    }
+    rows = [{**row, **guessed} if row["dataset"] == "mnist" else row for row in run.stage2]
+    console = Console(file=io.StringIO(), width=80)
+    final_report(run.summary, run.trials, rows, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert any(re.match(r"MNIST +0\.100 at chance", line) for line in lines)
+    assert "MNIST: at or below 1 / 10" in lines
+    assert not any("failed" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+# Reported in softlayer/softlayer-python#1676, Textualize/rich#501
+def test_in_a_pipe_nothing_is_cut(make_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    run, name = make_run(), "leaves_of_all_trees_of_the_botanical_garden_2025"
+    summary, rows = with_own_dataset(run, name)
+    screen = Screen()
+    assert screen.width > 1000
+    final_report(summary, run.trials, rows, screen)
+    table = plain_table("Files")
+    table.add_row(name, "x" * 200)
+    screen.print(table)
+    out = capsys.readouterr().out
+    assert re.search(rf"^{name} +0\.985 +\.982", out, re.MULTILINE)
+    assert f"{name} {'x' * 200}" in out
+
+
+# Reported in Textualize/rich#826, httpie/cli#1008, Aider-AI/aider#4582
+@pytest.mark.parametrize("encoding", ["ascii", "cp932", "latin-1"])
+@pytest.mark.parametrize("kind", ["report", "document", "quiet"])
+def test_what_the_encoding_cannot_show_is_replaced(
+    encoding: str, kind: str, make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("日本語-😀/run")
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding=encoding))
+    screen = Screen(quiet=kind == "quiet", as_json=kind == "document")
     with screen.kept_clean():
-        shown = {"name": "r", "preset": "quick", "gate": 0.29, "data": "CIFAR-10", "epochs": 12}
-        with Progress(**shown, console=screen, quiet=screen.quiet) as progress:
+        with screen.phase("読み込み中"):
+            final_report(run.summary, run.trials, run.stage2, screen, folder=run.folder)
+        screen.conclude({"folder": run.folder}, result_lines(run.summary, run.stage2, run.folder))
+    sys.stdout.flush()
+    shown = buffer.getvalue().decode(encoding)
+    if kind == "document":
+        assert json.loads(shown)["folder"] == str(run.folder)
+    else:
+        assert "trials.parquet" in shown
+        assert "日本語-\\U0001f600" in shown if encoding == "cp932" else "\\u65e5" in shown
+
+
+def test_a_phase_is_a_line_in_a_pipe_and_nothing_when_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet in (False, True):
+        with Screen(quiet=quiet).phase("reading the datasets"):
+            pass
+    assert capsys.readouterr().out == "reading the datasets\n"
+
+
+# Reported in TweetWallFX/TweetwallFX#85
+def test_entering_a_context_is_a_phase_and_leaves_it_in_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    left: list[str] = []
+
+    @contextlib.contextmanager
+    def slow() -> Iterator[str]:
+        yield "here"
+        left.append("there")
+
+    with Screen().entering("starting Ray", slow()) as where:
+        assert (where, left) == ("here", [])
+    assert left == ["there"]
+    assert capsys.readouterr().out == "starting Ray\n"
+
+
+def command(screen: Screen, run: Any) -> None:
+    """A command like the main job: it shows its progress, a library prints, and it concludes."""
+    with screen.kept_clean():
+        with Progress(RunConfig.from_preset("quick", name="r"), {}, console=screen) as progress:
             for row in run.trials:
                 progress.on_trial_end(row["trial"], row)
         print("a library's line")
@@ -99,3 +206,27 @@ def test_both_leave_the_document_alone(make_run: Callable[..., Any], capsys: pyt
 def test_neither_concludes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     Screen().conclude({"a": 1}, ["line"])
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("summary", "said"),
+    [
+        ({"survivors": [], "weights_kept": [5, 2]}, ["nkat", "evaluate", "--best", "2"]),
+        ({"survivors": [], "weights_kept": []}, []),
+        ({"survivors": []}, []),  # of a version that kept none
+        ({"survivors": [5], "weights_kept": [5]}, []),
+    ],
+)
+def test_a_run_without_survivors_names_the_command_that_evaluates_its_best_trials(
+    summary: dict[str, Any], said: list[str], tmp_path: Path
+) -> None:
+    words = shlex.split(after_the_fact(summary, tmp_path / "a run"))
+    assert words == ([*said[:2], str(tmp_path / "a run"), *said[2:]] if said else [])
+
+
+def test_the_report_of_such_a_run_prints_it_whole(make_run: Callable[..., Any]) -> None:
+    run = make_run(gate=1.0)
+    summary = {**run.summary, "weights_kept": [7]}
+    console = Console(file=io.StringIO(), width=40)
+    final_report(summary, run.trials, [], console, folder=run.folder)
+    assert f"nkat evaluate {run.folder} --best 1\n" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,11 +1,10 @@
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from nkat_ray.record.journal import Journal, TrialRecord
 from nkat_ray.search.feedback import Feedback
-from nkat_ray.search.journal import Journal, TrialRecord
+from nkat_ray.signals import Interrupted
 
 GATE, SLOTS = 0.6, 2
 
@@ -55,24 +54,30 @@ class Loop:
     def __init__(self, folder: Path, *, exhausted: bool = False) -> None:
         self.journal = Journal(folder)
         self.journal.write("run")
-        self.stage2, self.told, self.exhausted = FakeStage2(self.journal), [], exhausted
-        self.feedback = Feedback(
-            self.stage2, state=self.journal.state, gate=GATE, slots=lambda: SLOTS, exhausted=lambda: self.exhausted,
-            tell=lambda record: self.told.append(record.trial),
-        )  # fmt: skip
+        self.stage2, self.told = FakeStage2(self.journal), []
+        self.is_exhausted, self.interrupted = exhausted, False
+        self.feedback = Feedback(self.stage2, self.journal.state, GATE, self)
+
+    def slots(self) -> int:
+        return SLOTS
+
+    def exhausted(self) -> bool:
+        return self.is_exhausted
+
+    def tell(self, record: TrialRecord) -> None:
+        self.told.append(record.trial)
+
+    def tick(self) -> None:
+        if self.interrupted:
+            raise Interrupted
 
     def start(self, trial: int) -> None:
         if trial not in self.journal.state.trials:
             self.journal.write("proposed", trial=trial, params={}, seed=0, study_number=trial)
-        params: Mapping[str, Any] = {}
-        self.feedback.on_trial_start(trial, params)
+        self.feedback.on_trial_start(self.journal.state.trials[trial])
 
     def result(self, trial: int, epoch: int, score: float) -> None:
-        record = self.journal.state.trials[trial]
-        before = record.passed(GATE)
         self.journal.write("result", trial=trial, row={"epoch": epoch, "local_tpe": score}, checkpoint=None)
-        if record.passed(GATE) and not before:
-            self.feedback.on_survivor(trial)
 
     def end(self, trial: int, reason: str = "finished") -> None:
         self.journal.write("end", trial=trial, stop_reason=reason, stop_detail=None, error=None)
@@ -104,7 +109,7 @@ def test_a_survivor_that_ended_is_validated_before_a_new_trial_and_told_when_all
     assert loop.told == [0]
 
 
-def test_others_are_told_at_once_and_hold_nothing(loop: Loop) -> None:
+def test_other_trials_are_reported_at_once_and_occupy_no_slot(loop: Loop) -> None:
     for trial, (score, reason) in enumerate(((0.3, "gate"), (0.2, "asha"), (0.9, "nan"), (0.8, "error"))):
         loop.start(trial)
         loop.result(trial, 1, score)
@@ -119,7 +124,7 @@ def test_one_that_still_trains_starts_where_no_new_trial_would_and_is_done_again
     loop.result(0, 1, 0.7)
     loop.feedback.advance()
     assert loop.stage2.submitted == []  # a slot is free, but a new trial takes it
-    loop.exhausted = True
+    loop.is_exhausted = True
     loop.feedback.advance()
     assert loop.stage2.submitted == [(0, 1)]
     loop.stage2.finish()
@@ -134,7 +139,7 @@ def test_one_that_still_trains_starts_where_no_new_trial_would_and_is_done_again
 
 
 def test_rows_with_the_final_weights_are_not_made_again(loop: Loop) -> None:
-    loop.exhausted = True
+    loop.is_exhausted = True
     loop.start(0)
     loop.result(0, 1, 0.7)
     loop.feedback.advance()
@@ -187,3 +192,13 @@ def test_the_journal_knows_with_which_weights_a_row_was_made(loop: Loop) -> None
     assert list(state.validated(1, 5)) == [(1, "cifar10")]
     assert list(state.validated(1, 4)) == []
     assert list(state.validated(2, 9)) == [(2, "mnist")]
+
+
+def test_an_interrupt_ends_the_wait_between_two_steps(loop: Loop) -> None:
+    loop.start(0)
+    loop.result(0, 1, 0.7)
+    loop.end(0)
+    loop.interrupted = True
+    with pytest.raises(Interrupted):
+        loop.feedback.finish()
+    assert loop.told == []

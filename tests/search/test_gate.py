@@ -1,7 +1,6 @@
 import copy
 import math
 import pickle
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import strategies as st
 
 from nkat_ray.metrics import BEST_LOCAL_TPE, STOP_DETAIL, tpe_score
 from nkat_ray.search.gate import LocalTPEGate
-from nkat_ray.search.projection import MIN_FINISHED, GateProjection
 
 NAN, INF = math.nan, math.inf
 
@@ -161,99 +159,15 @@ def test_an_accuracy_of_zero_divides_nothing() -> None:
     assert row[STOP_DETAIL] == "epoch 40: Local TPE 0.0000 < gate 0.6"
 
 
-# --- the projection ---------------------------------------------------------------------------------------------------
-
-
-def projecting_gate(threshold: float = 0.5, gain: float = 0.1) -> LocalTPEGate:
-    """Ten epochs; enough finished trials have each gained `gain` after the first epoch."""
-    gate = LocalTPEGate(threshold, max_epochs=10, smoke_epoch=11, projection=GateProjection(max_epochs=10))
-    for number in range(MIN_FINISHED):
-        for epoch in range(1, 11):
-            gate(f"finished-{number}", result(epoch, 0.3, 0.2 + gain * (epoch > 1)))
-    return gate
-
-
-def test_a_trial_that_cannot_reach_the_gate_any_more_stops_with_its_bound() -> None:
-    row = result(1, 0.5, 0.3999)
-    assert verdict(projecting_gate(), row) == "gate"
-    assert f"at most at 0.4999 < gate 0.5 (by {MIN_FINISHED} finished trials)" in row[STOP_DETAIL]
-    assert row[STOP_DETAIL].startswith("epoch 1: Local TPE 0.3999, projected to end at 0.4999")
-    assert "\n" not in row[STOP_DETAIL]
-    assert "misses" in row[STOP_DETAIL]
-
-
-def test_a_bound_that_just_reaches_the_gate_lets_the_trial_go_on() -> None:
-    assert verdict(projecting_gate(), result(1, 0.5, 0.4 + 1e-9)) is None
-
-
-def test_the_projection_is_off_unless_it_is_given() -> None:
-    gate = projecting_gate()
-    gate.projection = None
-    assert verdict(gate, result(1, 0.5, 0.0)) is None
-
-
-def test_a_survivor_is_never_projected() -> None:
-    gate = projecting_gate()
-    assert verdict(gate, result(1, 0.9, 0.1, **{BEST_LOCAL_TPE: 0.5})) is None
-    assert verdict(gate, result(2, 0.1, 0.0)) is None
-
-
-def test_survivors_teach_it_too() -> None:
-    gate = LocalTPEGate(0.2, max_epochs=3, projection=GateProjection(max_epochs=3))
-    for number in range(MIN_FINISHED):
-        for epoch in (1, 2, 3):
-            gate(f"survivor-{number}", result(epoch, 0.9, 0.5))
-    assert verdict(gate, result(1, 0.1, 0.1)) == "gate"
-
-
-def test_nan_teaches_nothing() -> None:
-    gate = projecting_gate()
-    gate("broken", result(1, 0.5, 0.0, config={"trial": 99}))
-    gate("broken", result(2, 0.5, INF, config={"trial": 99}))
-    assert verdict(gate, result(1, 0.5, 0.3999)) == "gate"
-
-
-def test_smoke_and_the_last_epoch_come_before_the_projection() -> None:
-    gate = projecting_gate()
-    gate.smoke_epoch = 5
-    assert verdict(gate, result(5, 0.45, 0.1)) == "smoke"
-    row = result(10, 0.5, 0.3)
-    assert verdict(gate, row, "u") == "gate"
-    assert "projected" not in row[STOP_DETAIL]
-
-
-def test_a_continued_trial_is_the_same_one_to_the_projection() -> None:
-    """Tune draws a new id; its number stays, and its gains from the first epochs on are known at its end."""
-    projection = GateProjection(
-        max_epochs=3, earlier=[(7, {1: 0.1}), *((100 + n, {1: 0.2, 2: 0.2, 3: 0.2}) for n in range(MIN_FINISHED - 1))]
-    )
-    gate = LocalTPEGate(0.9, max_epochs=3, projection=projection)
-    for epoch, score in ((2, 0.2), (3, 0.4)):
-        gate("new-id", result(epoch, 0.5, score, config={"trial": 7}))
-    gate("other", result(1, 0.5, 0.3, config={"trial": 8}))
-    projected = projection.project(8, 1)
-    assert projected is not None
-    assert projected.finished == MIN_FINISHED
-    assert projected.expected == pytest.approx(0.3 + 0.3 / MIN_FINISHED)
-
-
 # --- as a Stopper -----------------------------------------------------------------------------------------------------
 
 
 @given(
-    st.lists(
-        st.tuples(st.integers(1, 12), st.floats(0, 1) | st.just(NAN), st.floats(0, 1) | st.just(NAN)), max_size=12
-    ),
-    st.booleans(),
+    st.lists(st.tuples(st.integers(1, 12), st.floats(0, 1) | st.just(NAN), st.floats(0, 1) | st.just(NAN)), max_size=12)
 )
-def test_asking_twice_about_one_result_gives_the_same_answer(
-    rows: list[tuple[int, float, float]], projecting: bool
-) -> None:
+def test_asking_twice_about_one_result_gives_the_same_answer(rows: list[tuple[int, float, float]]) -> None:
     """A function that simply returns has its last result judged twice."""
     once, twice = (LocalTPEGate(max_epochs=12, threshold=0.6) for _ in range(2))
-    if projecting:
-        earlier = [(number, {epoch: epoch / 60 for epoch in range(1, 13)}) for number in range(MIN_FINISHED)]
-        once.projection, twice.projection = (GateProjection(max_epochs=12, earlier=earlier) for _ in range(2))
     for row in rows:
         first, again = result(*row), result(*row)
         answer = once("t", first)
@@ -354,34 +268,3 @@ def test_a_value_out_of_range_is_refused(name: str, value: Any) -> None:
 )
 def test_a_value_at_the_end_of_its_range_is_allowed(name: str, value: Any) -> None:
     assert getattr(LocalTPEGate(**{name: value}), name) == value
-
-
-class Told:
-    """A projection that says what it was made to say, and remembers what it was told."""
-
-    def __init__(self, upper: float) -> None:
-        self.upper = upper
-        self.learned: list[Any] = []
-        self.asked: list[Any] = []
-
-    def learn(self, key: Any, epoch: int, score: float) -> None:
-        self.learned.append((key, epoch, score))
-
-    def project(self, key: Any, epoch: int) -> Any:
-        self.asked.append((key, epoch))
-        return SimpleNamespace(upper=self.upper, expected=self.upper - 0.01, finished=10)
-
-
-def test_a_projection_that_just_reaches_the_gate_stops_nobody() -> None:
-    at, below = Told(0.60), Told(0.5999)
-    assert verdict(LocalTPEGate(projection=at), result()) is None  # type: ignore[arg-type]
-    assert verdict(LocalTPEGate(projection=below), result()) == "gate"  # type: ignore[arg-type]
-
-
-def test_a_trial_is_known_by_its_number_or_where_there_is_none_by_its_id() -> None:
-    told = Told(1.0)
-    gate = LocalTPEGate(projection=told)  # type: ignore[arg-type]
-    for trial_id, more in (("a", {"config": {"trial": 7}}), ("b", {"config": {}}), ("c", {"config": None}), ("d", {})):
-        gate(trial_id, result(2, 0.5, 0.25, **more))
-    assert told.learned == [(key, 2, 0.25) for key in (7, "b", "c", "d")]
-    assert told.asked == [(key, 2) for key in (7, "b", "c", "d")]

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nkat_ray.search import tuner
-from nkat_ray.search.callbacks import Listeners
-from nkat_ray.search.journal import Journal
-from nkat_ray.search.resources import Cluster
+from nkat_ray.cluster.resources import Cluster, Node
+from nkat_ray.record.journal import Journal
+from nkat_ray.record.observer import Observer
+from nkat_ray.record.run import Run
+from nkat_ray.record.storage import RunStorage
+from nkat_ray.search.stage1 import Stage1
 from nkat_ray.search.vault import deposit, open_vault, withdraw
+from nkat_ray.space import space_of
 
 pytestmark = pytest.mark.cluster
 
@@ -98,11 +101,12 @@ def train(
         journal = Journal(folder)
         journal.write("run")
         with Gauge(own_processes) as gauge:
-            tuner.tune_stage1(
-                run, fixed=tiny_fixed, data=data, vault=open_vault(folder.name), journal=journal, folder=folder,
-                tune_folder=str(folder / "tune"), listeners=Listeners(),
-                cluster=Cluster(cpus=TRIALS, gpus=0, nodes=1, memory_bytes=2**33, gpu_bytes=2**30),
+            context = Run(
+                config=run, domains=space_of(run, tiny_fixed).domains, datasets={}, journal=journal,
+                storage=RunStorage(folder, None),
             )  # fmt: skip
+            cluster = Cluster((Node(cpus=TRIALS),))
+            Stage1(context, data, cluster=cluster, vault=open_vault(folder.name), observer=Observer()).run()
         journal.close()
         assert gauge.processes == at_a_time
         return gauge

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from nkat_ray.search.journal import TrialRecord
-from nkat_ray.search.scheduler import ResumableASHA, brackets_of
+from nkat_ray.config import RunConfig
+from nkat_ray.record.journal import TrialRecord
+from nkat_ray.search.scheduler import ResumableASHA, make_scheduler
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
 NAN = math.nan
@@ -241,64 +242,12 @@ def test_trials_without_or_with_few_epochs_are_recalled_as_far_as_they_came(earl
     assert scheduler.rungs() == {2: expected, 4: {}, 8: {}}
 
 
-# --- asynchronous Hyperband: several brackets -------------------------------------------------------------------------
+# --- ranges ----------------------------------------------------------------------------------------------------------
 
 
-def hyperband(seed: int = 0, **options: Any) -> ResumableASHA:
-    return ResumableASHA(max_t=27, grace_period=1, reduction_factor=3, brackets=4, seed=seed, **options)
-
-
-def test_brackets_begin_one_reduction_later_each() -> None:
-    assert [sorted(hyperband().rungs(bracket)) for bracket in range(4)] == [[1, 3, 9, 27], [3, 9, 27], [9, 27], [27]]
-    assert [brackets_of(27, 1, 3), brackets_of(40, 5, 3), brackets_of(4, 2, 3), brackets_of(5, 5, 2)] == [4, 2, 1, 1]
-
-
-def test_the_bracket_follows_from_seed_and_number_and_has_rays_weights() -> None:
-    one, same, other = hyperband(1), hyperband(1), hyperband(2)
-    drawn = [one.bracket_of(n) for n in range(4000)]
-    assert drawn == [same.bracket_of(n) for n in range(4000)]
-    assert drawn != [other.bracket_of(n) for n in range(4000)]
-    expected = np.exp([4, 3, 2, 1]) / np.exp([4, 3, 2, 1]).sum()
-    assert np.bincount(drawn) / 4000 == pytest.approx(expected, abs=0.03)
-
-
-def test_trials_compete_within_their_bracket_alone_and_a_restart_keeps_them_there() -> None:
-    scheduler = hyperband()
-    by_bracket = {scheduler.bracket_of(n): n for n in range(200, 0, -1)}
-    first, second = by_bracket[0], by_bracket[1]
-    rivals = [n for n in range(300) if scheduler.bracket_of(n) == 1 and n != second][:5]
-    earlier = [record(n, [0.9] * 3, stop_reason="asha") for n in rivals]
-    scheduler = hyperband(earlier=earlier)
-    assert not any(scheduler.rungs(0).values())
-    assert sorted(scheduler.rungs(1)[3]) == sorted(f"trial-{n}" for n in rivals)
-    for number, expected in ((first, CONTINUE), (second, STOP)):
-        trial = fake(number)
-        scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
-        assert scheduler.on_trial_result(None, trial, result(3, 0.1)) == expected  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"grace_period": 0}, "grace_period is 0; allowed: 1..27"),
-        ({"grace_period": 28}, "grace_period is 28"),
-        ({"reduction_factor": 1}, "reduction_factor is 1; allowed: >= 2"),
-        ({"brackets": 0}, "brackets is 0; allowed: 1..4"),
-        ({"brackets": 5}, "brackets is 5; allowed: 1..4"),
-    ],
-)
-def test_values_out_of_range_are_refused(changes: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ResumableASHA(**{"max_t": 27, "grace_period": 1, "reduction_factor": 3, **changes})
-
-
-def test_values_at_the_ends_are_allowed_and_the_defaults_are_one_bracket_and_seed_0() -> None:
+def test_values_at_the_ends_are_allowed() -> None:
     assert list(ResumableASHA(max_t=4, grace_period=4, reduction_factor=2).rungs()) == [4]
     assert sorted(ResumableASHA(max_t=4, grace_period=1, reduction_factor=2).rungs()) == [1, 2, 4]
-    shape = dict(max_t=27, grace_period=1, reduction_factor=3)
-    assert len(ResumableASHA(**shape)._brackets) == 1
-    zero, default = ResumableASHA(**shape, brackets=4, seed=0), ResumableASHA(**shape, brackets=4)
-    assert [default.bracket_of(n) for n in range(50)] == [zero.bracket_of(n) for n in range(50)]
 
 
 def test_the_last_score_of_a_finished_trial_counts_in_its_rung_if_it_is_finite() -> None:
@@ -308,3 +257,10 @@ def test_the_last_score_of_a_finished_trial_counts_in_its_rung_if_it_is_finite()
         scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
         scheduler.on_trial_complete(None, trial, result(3, score))  # type: ignore[arg-type]
     assert scheduler.rungs()[3] == {"driver0_00000": 0.4}
+
+
+def test_the_flag_chooses_the_scheduler() -> None:
+    asha = make_scheduler(RunConfig(epochs=27, grace=3, reduction=3), [record(0, [0.5] * 3, stop_reason="asha")])
+    assert isinstance(asha, ResumableASHA)
+    assert asha.rungs() == {3: {"trial-0": 0.5}, 9: {}, 27: {}}
+    assert type(make_scheduler(RunConfig(scheduler="none"))) is FIFOScheduler

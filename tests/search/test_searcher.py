@@ -1,6 +1,7 @@
 import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
-from nkat_ray.config import SPACES, Choice, Domain, Span
+from nkat_ray.config import RunConfig
 from nkat_ray.files import STUDY_FILE
-from nkat_ray.search.journal import Journal, TrialRecord, WarmTrial
-from nkat_ray.search.searcher import GATE_CONSTRAINT, STUDY_NAME, GatedOptunaSearch, trial_seed
+from nkat_ray.record.journal import Journal, TrialRecord, WarmTrial
+from nkat_ray.record.run import Run
+from nkat_ray.record.storage import RunStorage
+from nkat_ray.search.outcome import GATE_CONSTRAINT
+from nkat_ray.search.searcher import STUDY_NAME, GatedOptunaSearch, Pace, trial_seed
+from nkat_ray.space import SPACES, Choice, Domain, Span
 
 ROUND2 = SPACES["round2"]
 POINTS = (
@@ -27,16 +32,35 @@ NAN = math.nan
 COMPLETE, PRUNED, FAIL, RUNNING = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING
 
 
+@dataclass
+class FakePace(Pace):
+    """A pace whose answers are set, as constants or functions."""
+
+    answers: dict[str, Any] = field(default_factory=dict)
+
+    def __getattribute__(self, name: str) -> Any:
+        answers = object.__getattribute__(self, "answers")
+        if name in answers:
+            return answers[name]
+        return object.__getattribute__(self, name)
+
+
 class Driver:
-    """A searcher on a folder with its journal, told what Tune and the callback would tell it."""
+    """A searcher on a folder with its journal, told what Tune and the stage would tell it."""
 
     def __init__(
-        self, folder: Path, *, space: Mapping[str, Domain] = ROUND2, num_samples: int = 50, **options: Any
+        self, folder: Path, *, space: Mapping[str, Domain] = ROUND2, points: Any = (), warm: Any = (), **options: Any
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.journal = Journal(folder)
-        fields: dict[str, Any] = dict(points=(), run_seed=0, gate=GATE) | options
-        self.searcher = GatedOptunaSearch(space, folder=folder, journal=self.journal, num_samples=num_samples, **fields)
+        pace = {
+            key: options.pop(key) for key in ("slots", "closed", "holds", "score", "seconds_left") if key in options
+        }
+        run = Run(
+            config=RunConfig(**{"gate": GATE, **options}), domains=space, datasets={}, journal=self.journal,
+            storage=RunStorage(folder, None), warm=warm,
+        )  # fmt: skip
+        self.searcher = GatedOptunaSearch(run, points=points, pace=FakePace(pace))
 
     def suggest(self) -> dict[str, Any]:
         proposal = self.searcher.suggest(f"tune-{np.random.default_rng().integers(2**60)}")
@@ -44,7 +68,11 @@ class Driver:
         return proposal
 
     def params(self) -> dict[str, Any]:
-        return {k: v for k, v in self.suggest().items() if k not in ("trial", "seed", "resume_from")}
+        return {
+            k: v
+            for k, v in self.suggest().items()
+            if k not in ("trial", "seed", "resume_from", "seconds_left", "gpu_kind")
+        }
 
     def report(self, trial: int, scores: list[float]) -> None:
         for epoch, score in enumerate(scores, start=1):
@@ -93,7 +121,7 @@ def test_the_enqueued_points_come_first_in_their_order(driver: Callable[..., Dri
 def test_a_proposal_is_numbered_seeded_and_in_the_journal_before_it_is_handed_out(
     driver: Callable[..., Driver],
 ) -> None:
-    run = driver(run_seed=5)
+    run = driver(seed=5)
     for number in range(3):
         proposal = run.suggest()
         record = run.journal.state.trials[number]
@@ -144,8 +172,7 @@ def whole_search(run: Driver, trials: int) -> list[dict[str, Any]]:
 
 def test_the_same_seed_gives_the_same_proposals_and_another_one_others(driver: Callable[..., Driver]) -> None:
     one, same, other = (
-        whole_search(driver(folder, points=POINTS, run_seed=seed), 16)
-        for folder, seed in (("a", 1), ("b", 1), ("c", 2))
+        whole_search(driver(folder, points=POINTS, seed=seed), 16) for folder, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert one == same
     assert [p["seed"] for p in one] != [p["seed"] for p in other]
@@ -179,7 +206,7 @@ def test_a_small_space_is_exhausted_before_anything_is_repeated(driver: Callable
     run.suggest()  # nothing new is left: repeated rather than nothing
 
 
-def test_a_repeated_proposal_is_told_what_came_of_the_first(driver: Callable[..., Driver], monkeypatch: Any) -> None:
+def test_a_duplicate_proposal_gets_the_result_of_the_first(driver: Callable[..., Driver], monkeypatch: Any) -> None:
     run = driver(space=SMALL)
     ended = {
         "finished": run.run([0.3, 0.7], "finished"),
@@ -316,7 +343,7 @@ def test_unfinished_trials_are_continued_even_though_all_were_proposed(driver: C
     assert after.searcher.suggest("x") == Searcher.FINISHED
 
 
-def test_an_end_that_optuna_was_not_told_of_is_told_by_the_next_driver(driver: Callable[..., Driver]) -> None:
+def test_an_unreported_end_is_reported_by_the_next_driver(driver: Callable[..., Driver]) -> None:
     before = driver()
     before.suggest()
     before.report(0, [0.5, 0.7])
@@ -447,59 +474,11 @@ def test_the_sampler_prefers_what_passes_the_gate(driver: Callable[..., Driver])
     assert np.mean([x < 0.3 for x in late]) > 0.6
 
 
-# --- two objectives ---------------------------------------------------------------------------------------------------
-
-BOTH = "local_tpe,lambda"
-
-
-def whole_trial(run: Driver, scores: list[float], reason: str, lam: float) -> FrozenTrial:
-    trial = run.suggest()["trial"]
-    for epoch, score in enumerate(scores, start=1):
-        row = {"epoch": epoch, "local_tpe": score, "val_accuracy": score, "lambda_theory": lam}
-        run.journal.write("result", trial=trial, row=row, checkpoint=None)
-    run.end(trial, reason)
-    return run.trials()[trial]
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "nsga2"])
-def test_two_objectives_draw_a_front_of_what_passed(driver: Callable[..., Driver], sampler: str) -> None:
-    run = driver(objective=BOTH, sampler=sampler)
-    assert run.searcher.metric == ["local_tpe", "lambda_theory"]
-    assert run.searcher.mode == ["max", "min"]
-    ends = [
-        ([0.5, 0.8, 0.7], "finished", 24.0, COMPLETE, [0.8, 24.0]),
-        ([0.65], "asha", 20.0, COMPLETE, [0.65, 20.0]),
-        ([0.7], "finished", 22.0, COMPLETE, [0.7, 22.0]),
-        ([0.66], "finished", 23.0, COMPLETE, [0.66, 23.0]),  # beaten in both
-        ([0.3, 0.5], "gate", 10.0, PRUNED, None),
-        ([0.3], "asha", 5.0, PRUNED, None),
-        ([NAN], "nan", 20.0, FAIL, None),
-        ([0.9], "error", 20.0, FAIL, None),
-    ]
-    for scores, reason, lam, state, values in ends:
-        frozen = whole_trial(run, scores, reason, lam)
-        assert (frozen.state, frozen.values, frozen.intermediate_values) == (state, values, {})
-    assert run.trials()[4].constraints[GATE_CONSTRAINT] == pytest.approx(0.1)
-    assert GATE_CONSTRAINT not in run.trials()[5].constraints
-    assert [trial.number for trial in run.searcher.study.best_trials] == [0, 1, 2]
-    for _ in range(4):  # past every sampler's random start
-        whole_trial(run, [0.61], "finished", 21.0)
-    assert [d.name for d in driver(objective=BOTH, sampler=sampler).searcher.study.directions] == [
-        "MAXIMIZE",
-        "MINIMIZE",
-    ]
-
-
-def test_two_objectives_of_a_space_of_nothing(driver: Callable[..., Driver]) -> None:
-    run = driver(space={}, points=({}, {}), objective=BOTH)
-    assert whole_trial(run, [0.7], "finished", 20.0).values == [0.7, 20.0]
-
-
-@pytest.mark.parametrize("sampler", ["random", "gp", "nsga2"])
+@pytest.mark.parametrize("sampler", ["random", "gp"])
 def test_every_sampler_searches_and_goes_on_after_a_restart(driver: Callable[..., Driver], sampler: str) -> None:
-    first = whole_search(driver("a", sampler=sampler, run_seed=3), 11)
-    assert first == whole_search(driver("b", sampler=sampler, run_seed=3), 11)
-    after = whole_search(driver("a", sampler=sampler, run_seed=3), 2)
+    first = whole_search(driver("a", sampler=sampler, seed=3), 11)
+    assert first == whole_search(driver("b", sampler=sampler, seed=3), 11)
+    after = whole_search(driver("a", sampler=sampler, seed=3), 2)
     drawn = [tuple(p[name] for name in ROUND2) for p in first + after]
     assert len(set(drawn)) == 13
 
@@ -507,7 +486,7 @@ def test_every_sampler_searches_and_goes_on_after_a_restart(driver: Callable[...
 # --- what is told later, and holding back -----------------------------------------------------------------------------
 
 
-def test_a_survivor_is_told_once_its_score_is_known_and_only_then(driver: Callable[..., Driver]) -> None:
+def test_a_survivor_is_reported_as_soon_as_its_score_is_known(driver: Callable[..., Driver]) -> None:
     known: dict[int, float] = {}
     run = driver(score=lambda record: known.get(record.trial))
     for scores, reason in (([0.7], "finished"), ([0.8], "asha"), ([0.3], "gate"), ([0.9], "nan")):
@@ -522,7 +501,7 @@ def test_a_survivor_is_told_once_its_score_is_known_and_only_then(driver: Callab
     assert run.trials()[0].constraints[GATE_CONSTRAINT] == pytest.approx(-0.1)  # of Local TPE, as ever
 
 
-def test_an_untold_survivor_is_told_by_the_next_driver(driver: Callable[..., Driver]) -> None:
+def test_an_unreported_survivor_is_reported_by_the_next_driver(driver: Callable[..., Driver]) -> None:
     before = driver(score=lambda _: None)
     before.run([0.7])
     assert before.trials()[0].state is RUNNING
@@ -530,13 +509,13 @@ def test_an_untold_survivor_is_told_by_the_next_driver(driver: Callable[..., Dri
     assert (frozen.state, frozen.value) == (COMPLETE, 0.43)
 
 
-def test_held_proposes_nothing_for_now_but_continues_what_was_begun(driver: Callable[..., Driver]) -> None:
+def test_waiting_proposes_nothing_new_but_continues_unfinished_trials(driver: Callable[..., Driver]) -> None:
     held = [False]
-    first = driver(held=lambda: held[0], num_samples=3)
+    first = driver(holds=lambda: held[0], num_samples=3)
     first.suggest()
     held[0] = True
     assert first.searcher.suggest("x") is None
-    after = driver(held=lambda: held[0], num_samples=3)
+    after = driver(holds=lambda: held[0], num_samples=3)
     assert after.suggest()["trial"] == 0  # it has its slot from before
     assert after.searcher.suggest("x") is None
     held[0] = False
@@ -562,7 +541,7 @@ WARM = [
 ]
 
 
-def test_an_earlier_runs_trials_are_told_by_this_runs_gate_and_are_none_of_its_own(
+def test_an_earlier_runs_trials_are_judged_by_this_runs_gate_and_are_not_its_own(
     driver: Callable[..., Driver],
 ) -> None:
     run = driver(warm=WARM)
@@ -576,7 +555,7 @@ def test_an_earlier_runs_trials_are_told_by_this_runs_gate_and_are_none_of_its_o
     assert run.journal.state.trials[0].study_number == 3
 
 
-def test_they_are_told_once_even_if_a_driver_was_killed_halfway(driver: Callable[..., Driver]) -> None:
+def test_they_are_added_once_even_if_a_driver_was_killed_halfway(driver: Callable[..., Driver]) -> None:
     driver(warm=WARM[:1])
     again = driver(warm=WARM)
     assert [trial.user_attrs["warm_start"] for trial in again.trials()] == ["round1/0", "round1/1", "round1/2"]
@@ -590,11 +569,6 @@ def test_a_stricter_gate_makes_an_earlier_survivor_infeasible(driver: Callable[.
 
 def test_what_an_earlier_survivor_is_worth_may_be_global_tpe(driver: Callable[..., Driver]) -> None:
     assert driver(warm=[warm(0, [0.7], "finished", 0.44)]).trials()[0].value == 0.44
-
-
-def test_two_objectives_take_an_earlier_run_too(driver: Callable[..., Driver]) -> None:
-    told = driver(warm=WARM, objective=BOTH).trials()
-    assert [(trial.state, trial.values) for trial in told] == [(COMPLETE, [0.7, 20.0]), (PRUNED, None), (PRUNED, None)]
 
 
 def test_what_only_an_earlier_run_has_had_is_tried_again(driver: Callable[..., Driver]) -> None:

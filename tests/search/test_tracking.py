@@ -1,21 +1,37 @@
-"""Trackers: refused before any work where they could not be told anything; MLflow for real, against files."""
+"""Trackers: refused before any work where they cannot be used; MLflow for real, against files."""
 
 import importlib.util
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nkat_ray.cluster.resources import Cluster, Node
+from nkat_ray.errors import UserError
+from nkat_ray.record.journal import Journal
+from nkat_ray.record.observer import Observer
+from nkat_ray.record.run import Run
+from nkat_ray.record.storage import RunStorage
 from nkat_ray.search import tracking
-from nkat_ray.search.callbacks import Listeners
-from nkat_ray.search.journal import Journal
-from nkat_ray.search.resources import Cluster
-from nkat_ray.search.tracking import MLFLOW_FOLDER, refuse_absent, trackers_of
-from nkat_ray.search.tuner import tune_stage1
+from nkat_ray.search.stage1 import Stage1
+from nkat_ray.search.tracking import MLFLOW_FOLDER, UPLOAD_S, refuse_absent, trackers_of
+from nkat_ray.space import space_of
 
 
-def test_off_needs_nothing_and_tells_nobody(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+@dataclass(eq=False)
+class FakeTrial:
+    """What Ray's callback reads of a trial."""
+
+    trial_id: str
+    local_path: str
+    experiment_dir_name: str = "attempt"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def test_off_needs_no_package_and_adds_no_callback(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
     refuse_absent(tiny_run())
     assert trackers_of(tiny_run(), tmp_path) == []
 
@@ -25,7 +41,7 @@ def test_an_absent_package_is_refused_in_one_line(
     package: str, tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=f"log_to is '{package}'.*not installed.*--extra {package}"):
+    with pytest.raises(UserError, match=f"log_to is '{package}'.*not installed.*--extra {package}"):
         refuse_absent(tiny_run(log_to=package))
 
 
@@ -36,7 +52,7 @@ def test_a_missing_key_is_found_before_any_work(tiny_run: Callable[..., Any], mo
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(tracking, "trackers_of", lambda run, folder: [Keyless()])
-    with pytest.raises(ValueError, match="API key"):
+    with pytest.raises(UserError, match="log_to is 'wandb'; it has no API key; set WANDB_API_KEY"):
         refuse_absent(tiny_run(log_to="wandb"))
     refuse_absent(tiny_run(log_to="mlflow"))  # its server is asked when the run begins
 
@@ -52,6 +68,34 @@ def test_mlflow_goes_to_the_server_that_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_run_stops_the_logging_processes_before_it_waits(
+    ray_local: Any, tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights & Biases, with a logging process that stands in for theirs: it ends once it is asked to."""
+
+    class Logger:
+        def __init__(self, *, logdir: str, queue: Any, **_: Any) -> None:
+            self.queue, self.folder = queue, Path(logdir)
+
+        def run(self) -> None:
+            while self.queue.get()[0].name != "END":
+                pass
+            (self.folder / "uploaded").touch()
+
+    monkeypatch.setattr("ray.air.integrations.wandb.wandb", object())
+    monkeypatch.setattr("ray.air.integrations.wandb.WandbLoggerCallback._logger_actor_cls", Logger)
+    (callback,) = trackers_of(tiny_run(log_to="wandb"), tmp_path)
+    trials = [FakeTrial(str(number), str(tmp_path / str(number))) for number in range(2)]
+    for trial in trials:
+        Path(trial.local_path).mkdir()
+        callback.log_trial_start(trial)
+    callback.log_trial_end(trials[0])  # the other one is cut short by Ctrl-C
+    started_s = time.monotonic()
+    callback.on_experiment_end(trials)
+    assert time.monotonic() - started_s < UPLOAD_S / 2
+    assert all((Path(trial.local_path) / "uploaded").exists() for trial in trials)
+
+
 @pytest.mark.slow
 def test_every_trial_reaches_mlflow_with_its_parameters_and_epochs(
     ray_local: Any, tiny_run: Callable[..., Any], tiny_fixed: Any, tiny_data: Any, tmp_path: Path,
@@ -64,11 +108,15 @@ def test_every_trial_reaches_mlflow_with_its_parameters_and_epochs(
     run, journal = tiny_run(log_to="mlflow", name="tracked"), Journal(tmp_path)
     journal.write("run")
     vault = open_vault("tracked")
-    tune_stage1(
-        run, fixed=tiny_fixed, data=tiny_data, vault=vault, journal=journal, folder=tmp_path,
-        tune_folder=str(tmp_path / "tune"), listeners=Listeners(),
-        cluster=Cluster(cpus=2, gpus=0, nodes=1, memory_bytes=8 * 2**30, gpu_bytes=2**30),
-    )  # fmt: skip
+    context = Run(
+        config=run,
+        domains=space_of(run, tiny_fixed).domains,
+        datasets={},
+        journal=journal,
+        storage=RunStorage(tmp_path, None),
+    )
+    cluster = Cluster((Node(cpus=2),))
+    Stage1(context, tiny_data, cluster=cluster, vault=vault, observer=Observer()).run()
     ray_local.kill(vault)
     mlflow.set_tracking_uri((tmp_path / MLFLOW_FOLDER).as_uri())
     experiment = mlflow.get_experiment_by_name("tracked")

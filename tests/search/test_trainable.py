@@ -14,8 +14,8 @@ from nkat_ray.files import WEIGHTS_FILE
 from nkat_ray.metrics import lambda_notes
 from nkat_ray.model.capture import nkat_scalars
 from nkat_ray.search import trainable
-from nkat_ray.search.callbacks import ROW_KEYS
-from nkat_ray.search.trainable import gpu_memory_warning, memory_for_trial, train_trial
+from nkat_ray.search.recorder import ROW_KEYS
+from nkat_ray.search.trainable import gpu_memory_warning, train_trial
 from nkat_ray.train.checkpoint import STATE_FILE, Weights, load_state
 from nkat_ray.train.loop import Trainer
 
@@ -66,21 +66,21 @@ def deposits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, bytes]]:
 def train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Callable[..., Any], tiny_data: Any, deposits: list[Any]
 ) -> Callable[..., FakeTune]:
-    """Runs one trial of three epochs; options of FakeTune, `run` (changes), `resume_from`, `deadline_s`, `seed`."""
+    """Runs one trial of three epochs; options of FakeTune, `run` (changes), `resume_from`, `seconds_left`, `seed`."""
 
     def go(
         name: str = "trial", *, run: dict[str, Any] | None = None, resume_from: tuple[Path, ...] = (), seed: int = 1,
-        deadline_s: float = math.inf, memory_bytes: int = 2**33, **options: Any,
+        seconds_left: float | None = None, **options: Any,
     ) -> FakeTune:  # fmt: skip
         fake = FakeTune(tmp_path / name, **options)
         monkeypatch.setattr(trainable, "tune", fake)
-        params = {"trial": 4, "seed": seed, "resume_from": [str(path) for path in resume_from], "temperature": 0.8}
+        params = {
+            "trial": 4, "seed": seed, "resume_from": [str(path) for path in resume_from], "temperature": 0.8,
+            "seconds_left": seconds_left,
+        }  # fmt: skip
         config = tiny_run(**{"epochs": 3, "dropout_attn": 0.1, "cutout": 8, **(run or {})})
         try:
-            train_trial(
-                params, run=config, data=tiny_data, vault=None, deadline_s=deadline_s,  # type: ignore[arg-type]
-                memory_bytes=memory_bytes,
-            )  # fmt: skip
+            train_trial(params, run=config, data=tiny_data, vault=None)  # type: ignore[arg-type]
         except Stopped:
             assert options["stop_after"] is not None
         return fake
@@ -160,8 +160,28 @@ def test_the_seed_decides_whatever_ran_in_the_process_before(train: Callable[...
     assert [timeless(row) for row in train("three", seed=2).rows] != [timeless(row) for row in one.rows]
 
 
-def test_after_the_deadline_it_returns_without_a_report(train: Callable[..., FakeTune]) -> None:
-    assert train(deadline_s=0.0).rows == []
+def test_when_the_time_is_used_up_it_ends_and_says_so(train: Callable[..., FakeTune]) -> None:
+    (row,) = train(seconds_left=0.0).rows
+    assert (row["stop_reason"], row["stop_detail"]) == ("budget", "epoch 0: Stage 1's time is up")
+    assert "local_tpe" not in row
+
+
+def test_only_a_survivor_states_at_its_last_epoch_that_it_has_finished(
+    train: Callable[..., FakeTune], scripted: Any
+) -> None:
+    scripted([0.5, 0.9, 0.6])
+    assert [row.get("stop_reason") for row in train(run={"gate": 0.6}).rows] == [None, None, "finished"]
+    assert [row.get("stop_reason") for row in train("b", run={"gate": 0.99}).rows][:3] == [None] * 3
+
+
+def test_a_trial_whose_checkpoint_is_of_its_last_epoch_has_nothing_to_train_and_says_how_it_ended(
+    train: Callable[..., FakeTune],
+) -> None:
+    before = train("before")
+    for gate, reason in ((0.01, "finished"), (0.99, "gate")):
+        (row,) = train(f"after-{reason}", run={"gate": gate}, resume_from=(before.checkpoints[2],)).rows
+        assert row["stop_reason"] == reason
+        assert row["stop_detail"].startswith("epoch 3: Local TPE 0.")
 
 
 # --- best weights -----------------------------------------------------------------------------------------------------
@@ -191,7 +211,7 @@ def test_a_vault_that_is_gone_is_noticed_and_ends_nothing(
     scripted([0.5, 0.7, 0.6])
     monkeypatch.setattr(trainable, "deposit", lambda *_: False)
     rows = train(run={"gate": 0.51}).rows
-    assert [row["notices"] for row in rows] == [[], ["the vault is gone: the weights are kept on disk alone"], []]
+    assert [row["notices"] for row in rows] == [[], ["the vault is gone: the weights are kept on disk only"], []]
 
 
 def test_below_the_gate_nothing_goes_to_the_vault(
@@ -273,7 +293,7 @@ def test_tunes_checkpoint_is_newer_than_an_earlier_drivers(train: Callable[..., 
 
 
 def test_where_the_newest_is_cut_short_the_one_before_is_used(train: Callable[..., FakeTune], whole: FakeTune) -> None:
-    """Tune hands over the newest alone; the one before lies beside it."""
+    """Tune passes only the newest on; the one before lies beside it."""
     first = train("first", stop_after=2)
     before, newest = first.checkpoints
     assert newest is not None
@@ -284,21 +304,18 @@ def test_where_the_newest_is_cut_short_the_one_before_is_used(train: Callable[..
         assert [timeless(row) for row in second.rows] == [timeless(row) for row in whole.rows[1:]]
 
 
-def test_where_none_is_whole_it_starts_anew(train: Callable[..., FakeTune], whole: FakeTune, tmp_path: Path) -> None:
+def test_without_an_intact_checkpoint_it_starts_again(
+    train: Callable[..., FakeTune], whole: FakeTune, tmp_path: Path
+) -> None:
     first = train("first", stop_after=1)
     assert first.checkpoints[0] is not None
     cut_short(first.checkpoints[0])
     second = train("second", current=first.checkpoints[0], resume_from=(first.checkpoints[0], tmp_path / "gone"))
     said = [row.pop("notices") for row in second.rows]
-    assert "begins again" in said[0][0]
+    assert "starts again" in said[0][0]
     for row in whole.rows:
         row.pop("notices", None)
     assert [timeless(row) for row in second.rows] == [timeless(row) for row in whole.rows]
-
-
-def test_a_trial_that_has_had_its_last_epoch_returns_at_once(train: Callable[..., FakeTune], whole: FakeTune) -> None:
-    assert whole.checkpoints[-1] is not None
-    assert train("again", resume_from=(whole.checkpoints[-1],)).rows == []
 
 
 def test_the_best_so_far_is_carried_over(train: Callable[..., FakeTune], scripted: Any, deposits: list[Any]) -> None:
@@ -346,14 +363,9 @@ def test_the_gpu_itself_is_asked_whether_a_trial_fits(
     assert warning is None if said is None else said in str(warning)
 
 
-def test_with_little_memory_the_batch_is_computed_in_parts(train: Callable[..., FakeTune], whole: FakeTune) -> None:
-    fake = train(memory_bytes=0, stop_after=1)
-    sizes = [load_state(f.checkpoints[0])["trainer"]["micro_batch"] for f in (fake, whole) if f.checkpoints[0]]
-    assert sizes == [1, 32]
-
-
-@pytest.mark.parametrize(
-    ("node", "slots", "expected"), [(10_000, 1, 6000), (10_000, 4, 1500), (10_000, 0, 6000), (0, 2, 0)]
-)
-def test_memory_for_trial_shares_three_fifths_of_a_node(node: int, slots: int, expected: int) -> None:
-    assert memory_for_trial(node, slots) == expected
+def test_the_cache_of_an_earlier_trial_in_this_process_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = 80 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, total))
+    assert "0.0 GiB are free" in str(gpu_memory_warning(TrialConfig(), 0.5))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: total // 2)
+    assert gpu_memory_warning(TrialConfig(), 0.5) is None

@@ -1,3 +1,4 @@
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,19 @@ def vault(shared: tuple[str, Any], ray_local: Any) -> Any:
     """The vault, emptied."""
     ray_local.get([shared[1].release.remote(trial) for trial in range(6)])
     return shared[1]
+
+
+def kill(ray: Any, actor: Any) -> None:
+    """Kill an actor and wait until it is gone: Ray returns before that, and until then it may answer."""
+    ray.kill(actor)
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:
+        try:
+            ray.get(actor.__ray_ready__.remote())
+        except ray.exceptions.RayActorError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the actor still answers a minute after it was killed")
 
 
 def held(ray: Any, vault: Any, trial: int) -> bytes | None:
@@ -69,9 +83,7 @@ def test_a_value_survives_the_process_that_deposited_it(ray_local: Any, vault: A
 
     trial = ray_local.remote(num_cpus=0)(Trial).remote()
     assert ray_local.get(trial.train.remote(vault))
-    ray_local.kill(trial)
-    with pytest.raises(ray_local.exceptions.RayActorError):
-        ray_local.get(trial.train.remote(vault))
+    kill(ray_local, trial)
     assert held(ray_local, vault, 5) == PAYLOAD
 
 
@@ -94,6 +106,6 @@ def test_another_run_has_another_vault_and_one_that_is_gone_gives_none_and_takes
     deposit(vault, 0, 0.6, b"x")
     assert withdraw(other, 0) is None
     assert deposit(other, 0, 0.6, b"y")
-    ray_local.kill(other)
+    kill(ray_local, other)
     assert not deposit(other, 0, 0.7, b"z")
     assert withdraw(other, 0) is None

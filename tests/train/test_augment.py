@@ -1,10 +1,12 @@
 """The recipe's augmentation against torchvision image by image, timm, numpy and plain arithmetic."""
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,26 +18,26 @@ from torchvision.transforms import v2
 from nkat_ray.config import TrialConfig
 from nkat_ray.train import augment as augment_module
 from nkat_ray.train.augment import (
+    apply,
+    apply_mixing,
     augment,
-    channel_shuffle,
     cutmix_box,
     cutout,
+    draw,
+    draw_mixing,
     mix,
     rand_augment,
-    random_crop,
-    random_flip,
     sample_beta,
 )
 from nkat_ray.train.randaugment import OPERATIONS, apply_operation, draw_operations, strength
 
 TORCHVISION = v2.RandAugment()
-EVERY: tuple[tuple[Callable[..., Tensor], dict[str, float]], ...] = (
-    (random_crop, {}),
-    (random_flip, {}),
+EVERY: tuple[tuple[Callable[..., Tensor], dict[str, Any]], ...] = (
+    (augment, {"config": TrialConfig(channel_shuffle=0.5), "flip": True}),
     (rand_augment, {"num_ops": 2, "magnitude": 9}),
-    (channel_shuffle, {"p": 0.5}),
     (cutout, {"size": 8}),
 )
+CROP = TrialConfig(randaugment=None, cutout=None)  # the crop alone
 
 
 def generator(seed: int = 0) -> Generator:
@@ -176,59 +178,47 @@ def test_unknown_operation_is_refused() -> None:
 # --- crop, flip, shuffle, Cutout --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("height", "width", "padding"), [(32, 32, 4), (28, 20, 4), (5, 7, 4), (6, 6, 0)])
-def test_random_crop_is_a_window_of_the_reflected_image(height: int, width: int, padding: int) -> None:
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (28, 20), (5, 7)])
+def test_the_crop_is_a_window_of_the_reflected_image(height: int, width: int) -> None:
     images = noise(300, height=height, width=width)
-    cropped = random_crop(images, padding=padding, generator=generator())
-    offsets = generator()
-    rows, columns = torch.randint(2 * padding + 1, (2, 300), generator=offsets).numpy()
+    cropped = augment(images, CROP, flip=False, generator=generator())
+    rows, columns = torch.randint(9, (2, 300), generator=generator()).numpy()
     for image, result, y, x in zip(images.numpy(), cropped.numpy(), rows, columns, strict=True):
-        padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)), mode="reflect")
+        padded = np.pad(image, ((0, 0), (4, 4), (4, 4)), mode="reflect")
         assert np.array_equal(result, padded[:, y : y + height, x : x + width])
 
 
-def test_random_crop_draws_every_offset_evenly() -> None:
+def test_the_crop_draws_every_offset_evenly() -> None:
     """The pixel in the middle says where it came from."""
     places = torch.arange(32 * 32).view(32, 32)
     image = torch.stack([places % 32, places // 32, places * 0]).to(torch.uint8)
-    middle = random_crop(image.expand(20_000, -1, -1, -1), generator=generator(2))[:, :2, 16, 16].long() - 12
+    cropped = augment(image.expand(20_000, -1, -1, -1), CROP, flip=False, generator=generator(2))
+    middle = cropped[:, :2, 16, 16].long() - 12
     assert_uniform(torch.bincount(9 * middle[:, 1] + middle[:, 0], minlength=81))
 
 
-@pytest.mark.parametrize("padding", [-1, 32])
-def test_random_crop_refuses_padding(padding: int) -> None:
-    with pytest.raises(ValueError, match=f"padding is {padding}"):
-        random_crop(noise(1), padding=padding, generator=generator())
-
-
-def test_random_flip_mirrors_half_the_images() -> None:
+def test_half_of_the_images_are_mirrored() -> None:
     images = noise(2000)
-    result = random_flip(images, generator=generator())
-    flipped = (result == images.flip(3)).flatten(1).all(1)
-    kept = (result == images).flatten(1).all(1)
-    assert bool((flipped ^ kept).all())
-    assert_uniform(torch.stack([flipped.sum(), kept.sum()]))
+    result = augment(images, CROP, flip=True, generator=generator())
+    plain = augment(images, CROP, flip=False, generator=generator())
+    mirrored = (result == plain.flip(3)).flatten(1).all(1)
+    kept = (result == plain).flatten(1).all(1)
+    assert bool((mirrored ^ kept).all())
+    assert_uniform(torch.stack([mirrored.sum(), kept.sum()]))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
-def test_channel_shuffle_permutes_channels_with_probability_p(p: float) -> None:
-    images = noise(6000, height=4, width=4)
-    result = channel_shuffle(images, p=p, generator=generator())
+@pytest.mark.parametrize("p", [0.4, 1.0])
+def test_channels_are_permuted_with_probability_p(p: float) -> None:
+    images = noise(6000, height=6, width=6)
+    config = dataclasses.replace(CROP, channel_shuffle=p)
+    result = augment(images, config, flip=False, generator=generator())
+    plain = augment(images, CROP, flip=False, generator=generator())
     orders = list(itertools.permutations(range(3)))
-    same = torch.stack([(result == images[:, list(order)]).flatten(1).all(1) for order in orders])
+    same = torch.stack([(result == plain[:, list(order)]).flatten(1).all(1) for order in orders])
     assert bool((same.sum(0) == 1).all())
     counts = same.sum(1)
     expected = 6000 * torch.tensor([1 - p + p / 6] + [p / 6] * 5)
-    if p == 0:
-        assert counts.tolist() == [6000, 0, 0, 0, 0, 0]
-    else:
-        assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_bound(5)
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])
-def test_channel_shuffle_refuses(p: float) -> None:
-    with pytest.raises(ValueError, match="p is"):
-        channel_shuffle(noise(1), p=p, generator=generator())
+    assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_bound(5)
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 8), (28, 20, 7), (6, 6, 1), (6, 6, 12)])
@@ -365,26 +355,53 @@ def test_mix_refuses_targets(targets: Tensor) -> None:
         mix(torch.randn(2, 3, 8, 8), targets, mixup=0.5, cutmix=0.5, generator=generator())
 
 
-# --- the whole pack ---------------------------------------------------------------------------------------------------
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def step_by_step(images: Tensor, config: TrialConfig, source: Generator) -> Tensor:
+    """The recipe as plain functions, one after another, each drawing for itself."""
+    n, _, height, width = images.shape
+    rows, columns = torch.randint(9, (2, n), generator=source).numpy()
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="reflect")
+    windows = [p[:, y : y + height, x : x + width] for p, y, x in zip(padded, rows, columns, strict=True)]
+    result = torch.from_numpy(np.stack(windows))
+    mirrored = torch.rand(n, generator=source) < 0.5
+    result[mirrored] = result[mirrored].flip(3)
+    result = rand_augment(result, num_ops=2, magnitude=9, generator=source)
+    orders = torch.randint(6, (n,), generator=source)
+    orders *= torch.rand(n, generator=source) < config.channel_shuffle
+    permutations = list(itertools.permutations(range(3)))
+    result = torch.stack([image[list(permutations[o])] for image, o in zip(result, orders.tolist(), strict=True)])
+    return cutout(result, size=8, generator=source, fill=(1, 2, 3))
 
 
 def test_augment_is_the_recipe_in_order() -> None:
-    images, source = noise(64), generator(7)
-    config = TrialConfig(channel_shuffle=0.5)
+    images, config = noise(64), TrialConfig(channel_shuffle=0.5)
     result = augment(images, config, flip=True, generator=generator(7), cutout_fill=(1, 2, 3))
-    expected = random_crop(images, padding=4, generator=source)
-    expected = random_flip(expected, generator=source)
-    expected = rand_augment(expected, num_ops=2, magnitude=9, generator=source)
-    expected = channel_shuffle(expected, p=0.5, generator=source)
-    expected = cutout(expected, size=8, generator=source, fill=(1, 2, 3))
-    assert torch.equal(result, expected)
+    assert torch.equal(result, step_by_step(images, config, generator(7)))
 
 
-def test_augment_skips_what_is_off() -> None:
-    images = noise(64)
-    config = TrialConfig(randaugment=None, cutout=None, channel_shuffle=0.0)
-    result = augment(images, config, flip=False, generator=generator())
-    assert torch.equal(result, random_crop(images, generator=generator()))
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    "config", [TrialConfig(channel_shuffle=0.5), TrialConfig(randaugment=(3, 30)), CROP], ids=["all", "most", "crop"]
+)
+def test_batches_augmented_at_once_are_those_augmented_one_by_one(config: TrialConfig, flip: bool) -> None:
+    images, source, replay = torch.cat([awkward_images(), noise(92)]), generator(3), generator(3)
+    parts = images.split(32)  # the last has four images
+    draws = [draw(len(part), 32, 32, config, flip=flip, generator=source) for part in parts]
+    at_once = apply(images, torch.cat(draws, dim=1), config, flip=flip, cutout_fill=(1, 2, 3))
+    expected = [augment(part, config, flip=flip, generator=replay, cutout_fill=(1, 2, 3)) for part in parts]
+    assert torch.equal(at_once, torch.cat(expected))
+    assert torch.equal(source.get_state(), replay.get_state())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mixing_as_drawn_is_mixing(seed: int) -> None:
+    images, targets, source, replay = torch.randn(6, 3, 8, 8), one_hot(6), generator(seed), generator(seed)
+    mixing = draw_mixing(8, 8, mixup=0.4, cutmix=0.4, generator=source)
+    expected = mix(images, targets, mixup=0.4, cutmix=0.4, generator=replay)
+    assert all(map(torch.equal, apply_mixing(images, targets, mixing), expected))
+    assert torch.equal(source.get_state(), replay.get_state())
 
 
 def assert_pure(function: Callable[[Generator], Sequence[Tensor] | Tensor], *inputs: Tensor) -> None:
@@ -401,7 +418,7 @@ def assert_pure(function: Callable[[Generator], Sequence[Tensor] | Tensor], *inp
 
 
 @pytest.mark.parametrize(("function", "options"), EVERY)
-def test_every_function_is_pure(function: Callable[..., Tensor], options: dict[str, float]) -> None:
+def test_every_function_is_pure(function: Callable[..., Tensor], options: dict[str, Any]) -> None:
     images = noise(64)
     assert_pure(lambda source: function(images, generator=source, **options), images)
 
@@ -417,22 +434,7 @@ def test_augment_and_mix_are_pure() -> None:
 @pytest.mark.parametrize(("function", "options"), EVERY)
 @pytest.mark.parametrize("images", [torch.rand(2, 3, 8, 8), noise(2)[:, :1], noise(2)[0]])
 def test_every_function_refuses_other_images(
-    function: Callable[..., Tensor], options: dict[str, float], images: Tensor
+    function: Callable[..., Tensor], options: dict[str, Any], images: Tensor
 ) -> None:
     with pytest.raises(ValueError, match=r"images are torch\.\w+ \(.*\); pass torch\.uint8 \(B, 3, H, W\)"):
         function(images, generator=generator(), **options)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("function", "options"), EVERY)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_function_works_on_a_gpu(function: Callable[..., Tensor], options: dict[str, float], device: str) -> None:
-    """With a CPU generator the draws are the CPU's; colours may differ where float arithmetic meets a whole number."""
-    images = noise(256)
-    source = torch.Generator(device).manual_seed(0)
-    result = function(images.cuda(), generator=source, **options)
-    assert (result.device.type, result.dtype, result.shape) == ("cuda", torch.uint8, images.shape)
-    if device == "cpu":
-        expected = function(images, generator=generator(), **options)
-        assert (result.cpu() == expected).float().mean() > 0.999

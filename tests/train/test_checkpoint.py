@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 
 from nkat_ray.config import TrialConfig
+from nkat_ray.errors import UserError
 from nkat_ray.model import create_nkat_vit
 from nkat_ray.train import checkpoint as checkpoint_module
 from nkat_ray.train.checkpoint import (
     STATE_FILE,
     CheckpointError,
     Weights,
-    config_from_json,
     first_whole_state,
     load_state,
     save_state,
@@ -106,7 +107,7 @@ def test_nothing_is_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.9, 0.999])
 def test_weights_that_were_cut_short_are_refused(share: float) -> None:
     data = weights().to_bytes()
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(CheckpointError, match="truncated"):
         Weights.from_bytes(data[: int(share * len(data))])
 
 
@@ -125,9 +126,48 @@ def test_what_are_not_nkat_weights_are_refused(data: bytes) -> None:
         Weights.from_bytes(data)
 
 
+def rewritten(change: Callable[[dict[str, Any]], object]) -> bytes:
+    """Weights whose header was changed, as another version would have written it."""
+    header = json.loads(safetensors_header(weights().to_bytes())["nkat"])
+    change(header)
+    return safetensors.torch.save(dict(weights().tensors), metadata={"nkat": json.dumps(header)})
+
+
+def safetensors_header(data: bytes) -> dict[str, str]:
+    size = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + size])["__metadata__"]
+    return metadata
+
+
+def test_weights_of_a_newer_version_are_refused_with_their_unknown_fields_and_both_versions() -> None:
+    def newer(header: dict[str, Any]) -> None:
+        header["config"] |= {"rotary": True, "experts": 4}
+        header |= {"licence": "MIT", "version": "7.1"}
+
+    with pytest.raises(
+        UserError, match=r"NKAT-Ray 7\.1 .* NKAT-Ray \d+\.\d+\.\d+ does not know: experts, rotary, licence;"
+    ):
+        Weights.from_bytes(rewritten(newer))
+
+
+@pytest.mark.parametrize("fields", [{"config": [1]}, {"config": None}, {"mean": 0.5}, {"std": None}])
+def test_a_header_of_another_shape_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="not NKAT weights"):
+        Weights.from_bytes(rewritten(lambda header: header.update(fields)))
+
+
+def test_weights_of_an_older_version_take_the_defaults_of_newer_fields() -> None:
+    """Neither a version nor every field: the earliest weights had neither."""
+
+    def older(header: dict[str, Any]) -> None:
+        del header["version"], header["config"]["channel_shuffle"]
+
+    assert Weights.from_bytes(rewritten(older)).config == dataclasses.replace(CONFIG, channel_shuffle=0.0)
+
+
 @pytest.mark.parametrize("config", [CONFIG, TrialConfig(), TrialConfig(randaugment=None, ema=None, cutout=None)])
-def test_a_configuration_survives_json(config: TrialConfig) -> None:
-    assert config_from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+def test_a_configuration_survives_the_header(config: TrialConfig) -> None:
+    assert Weights.from_bytes(weights(config=config).to_bytes()).config == config
 
 
 # --- a training's state -----------------------------------------------------------------------------------------------

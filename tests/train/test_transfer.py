@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from nkat_ray.config import Transfer, TrialConfig
+from nkat_ray.data.dataset import Traits
+from nkat_ray.data.selection import Selection
 from nkat_ray.model import create_nkat_vit
 from nkat_ray.train.checkpoint import Weights
-from nkat_ray.train.loop import ImageSet, Trainer
-from nkat_ray.train.transfer import Transferred, count_correct_of, transfer, transfer_recipe
+from nkat_ray.train.images import TrainingData
+from nkat_ray.train.loop import Trainer
+from nkat_ray.train.session import training_data
+from nkat_ray.train.transfer import count_correct_of, transfer, transfer_recipe
 
 CPU = torch.device("cpu")
 CONFIG = TrialConfig(
@@ -34,21 +38,19 @@ def source(config: TrialConfig = CONFIG) -> Weights:
 
 
 @pytest.fixture
-def sets(tinted: Callable[..., Any]) -> tuple[ImageSet, ImageSet]:
+def digits(tinted: Callable[..., Any]) -> TrainingData:
     """Grey images of 28x28 in three classes: 120 to train on, 30 to validate."""
     images, labels = tinted(150, channels=1, size=28)
     labels = labels % 3  # a grey tint has three levels
-    return ImageSet(images, labels, np.arange(120), CPU), ImageSet(images, labels, np.arange(120, 150), CPU)
+    traits = Traits(name="digits", num_classes=3, grey=True, flip=False)
+    return training_data(Selection(images, labels, np.arange(120), np.arange(120, 150)), traits, CPU)
 
 
 @pytest.fixture
-def carry(sets: tuple[ImageSet, ImageSet]) -> Callable[..., Transferred]:
-    def go(mode: Transfer, weights: Weights | None = None, **options: Any) -> Transferred:
-        given: dict[str, Any] = dict(
-            epochs=2, lr=5e-3, dataset="digits", train=sets[0], val=sets[1], num_classes=3, grey=True, flip=False,
-            seed=7, device=CPU, notice=print,
-        )  # fmt: skip
-        return transfer(weights or source(), mode=mode, **{**given, **options})
+def carry(digits: TrainingData) -> Callable[..., Weights]:
+    def go(mode: Transfer, weights: Weights | None = None, **options: Any) -> Weights:
+        given: dict[str, Any] = dict(epochs=2, lr=5e-3, seed=7, notice=print)
+        return transfer(weights or source(), digits, mode=mode, **{**given, **options})
 
     return go
 
@@ -87,7 +89,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[Weights]:
     epochs = Trainer.epochs
 
     def watched(self: Trainer) -> Any:
-        weights = self.weights(dataset="", grey=True, val_accuracy=0.0, seed=0)
+        weights = self.weights(val_accuracy=0.0)
         seen.append(dataclasses.replace(weights, tensors={n: t.clone() for n, t in weights.tensors.items()}))
         return epochs(self)
 
@@ -97,72 +99,68 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[Weights]:
 
 @pytest.mark.parametrize("mode", ["finetune", "probe"])
 def test_the_backbone_is_carried_over_and_the_head_is_new(
-    carry: Callable[..., Transferred], begun: list[Weights], mode: Transfer
+    carry: Callable[..., Weights], begun: list[Weights], mode: Transfer
 ) -> None:
     carry(mode)
     assert equal(backbone(begun[0]), backbone(source()))
     assert begun[0].tensors["head.weight"].shape == (3, 16)
 
 
-def test_from_scratch_nothing_is_carried_over(carry: Callable[..., Transferred], begun: list[Weights]) -> None:
+def test_from_scratch_nothing_is_carried_over(carry: Callable[..., Weights], begun: list[Weights]) -> None:
     carry("scratch")
     assert not equal(backbone(begun[0]), backbone(source()))
     assert begun[0].epoch == 0
 
 
-def test_fine_tuning_changes_the_backbone(carry: Callable[..., Transferred]) -> None:
+def test_fine_tuning_changes_the_backbone(carry: Callable[..., Weights]) -> None:
     found = carry("finetune")
-    changed = [n for n, t in backbone(found.weights).items() if not torch.equal(t, source().tensors[n])]
+    changed = [n for n, t in backbone(found).items() if not torch.equal(t, source().tensors[n])]
     assert "blocks.0.mlp.fc1.weight" in changed
-    assert found.weights.epoch == 2
+    assert found.epoch == 2
 
 
 @pytest.mark.parametrize("stem", ["off", "tiny"])
-def test_a_probe_changes_the_head_alone(carry: Callable[..., Transferred], begun: list[Weights], stem: str) -> None:
+def test_a_probe_changes_the_head_alone(carry: Callable[..., Weights], begun: list[Weights], stem: str) -> None:
     """Neither weights nor BatchNorm's statistics: the features are those that CIFAR-10 has taught."""
     config = dataclasses.replace(CONFIG, conv_stem=stem, patch_size=4)
     found = carry("probe", source(config))
-    after = found.weights.build().state_dict()
+    after = found.build().state_dict()
     before = backbone(source(config))
     assert [n for n in before if not torch.equal(after[n], before[n])] == []
-    assert not torch.equal(found.weights.tensors["head.weight"], begun[0].tensors["head.weight"])
+    assert not torch.equal(found.tensors["head.weight"], begun[0].tensors["head.weight"])
 
 
 # --- the result -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["finetune", "probe", "scratch"])
-def test_what_comes_out(carry: Callable[..., Transferred], sets: tuple[ImageSet, ImageSet], mode: Transfer) -> None:
-    found = carry(mode)
-    mean, std = sets[0].statistics()
-    weights = found.weights
+def test_what_comes_out(carry: Callable[..., Weights], digits: TrainingData, mode: Transfer) -> None:
+    weights = carry(mode)
     assert (weights.dataset, weights.num_classes, weights.grey, weights.seed) == ("digits", 3, True, 7)
-    assert (weights.mean, weights.std) == (pytest.approx(mean), pytest.approx(std))
-    assert (found.n_val, weights.val_accuracy) == (30, found.val_accuracy)
-    assert found.seconds > 0
-    assert count_correct_of(Weights.from_bytes(weights.to_bytes()), sets[1], CPU) == round(30 * found.val_accuracy)
+    assert (weights.mean, weights.std) == (digits.mean, digits.std)
+    assert count_correct_of(Weights.from_bytes(weights.to_bytes()), digits.val) == round(30 * weights.val_accuracy)
     assert weights.build().grey
 
 
-def test_it_learns_the_new_classes(carry: Callable[..., Transferred]) -> None:
+def test_it_learns_the_new_classes(carry: Callable[..., Weights]) -> None:
     assert carry("finetune", epochs=15, lr=1e-2).val_accuracy > 0.6  # chance is a third
 
 
-def test_the_same_seed_gives_the_same_network(carry: Callable[..., Transferred]) -> None:
+def test_the_same_seed_gives_the_same_network(carry: Callable[..., Weights]) -> None:
     one, same, other = (carry("finetune", seed=seed) for seed in (7, 7, 8))
-    assert one.weights.to_bytes() == same.weights.to_bytes()
-    assert one.weights.to_bytes() != other.weights.to_bytes()
+    assert one.to_bytes() == same.to_bytes()
+    assert one.to_bytes() != other.to_bytes()
 
 
 def test_a_loss_that_is_not_finite_is_an_error_that_names_the_dataset(
-    carry: Callable[..., Transferred], monkeypatch: pytest.MonkeyPatch
+    carry: Callable[..., Weights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "_backward", lambda *_: torch.tensor(math.nan))
     with pytest.raises(ValueError, match="not finite in epoch 1 of the transfer to digits"):
         carry("finetune")
 
 
-def test_a_backbone_of_another_design_is_refused(carry: Callable[..., Transferred]) -> None:
+def test_a_backbone_of_another_design_is_refused(carry: Callable[..., Weights]) -> None:
     wrong = dataclasses.replace(source(), tensors={**source().tensors, "extra": torch.zeros(1)})
     with pytest.raises(ValueError, match="extra"):
         carry("finetune", wrong)
@@ -171,11 +169,11 @@ def test_a_backbone_of_another_design_is_refused(carry: Callable[..., Transferre
         carry("finetune", dataclasses.replace(source(), tensors=tensors))
 
 
-def test_counting_uses_the_statistics_of_the_weights(sets: tuple[ImageSet, ImageSet]) -> None:
+def test_counting_uses_the_statistics_of_the_weights(digits: TrainingData) -> None:
     """Not those of the images that are counted."""
     weights = dataclasses.replace(source(), mean=(0.9, 0.9, 0.9), std=(0.1, 0.1, 0.1))
     model = weights.build()
-    images, labels = sets[1].batch(torch.arange(30))
+    images, labels = digits.val.batch(torch.arange(30))
     inputs = (images.double() / 255 - 0.9) / 0.1
     expected = int((model(inputs.float()).argmax(1) == labels).sum())
-    assert count_correct_of(weights, sets[1], CPU) == expected
+    assert count_correct_of(weights, digits.val) == expected
