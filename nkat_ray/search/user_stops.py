@@ -13,6 +13,7 @@ from nkat_ray.record.requests import requested_stops
 from nkat_ray.search.stops import Stop, leave_on_trial
 
 POLL_S: Final = 2.0
+STOPPED: Final = Stop("user", "stopped with nkat stop")  # no epoch: a result can still be on its way to the driver
 
 
 class UserStops:
@@ -32,7 +33,7 @@ class UserStops:
 
     def stop(self, record: TrialRecord) -> Stop | None:
         """Return why a trial ends that no process trains; None without a request."""
-        return _stop(record) if record.trial in requested_stops(self._folder) else None
+        return STOPPED if record.trial in requested_stops(self._folder) else None
 
     def act(self, trials: Iterable[Trial]) -> None:
         """End Tune's trials that are to stop, every two seconds, and remove the requests that are fulfilled."""
@@ -46,16 +47,12 @@ class UserStops:
                 continue
             for trial in trials:
                 if trial.config["trial"] == number and trial.status == Trial.RUNNING and record is not None:
-                    _kill(trial, _stop(record))
+                    _kill(trial)
 
 
-def _stop(record: TrialRecord) -> Stop:
-    return Stop("user", f"epoch {max(record.curve, default=0)}: stopped with nkat stop")
-
-
-def _kill(trial: Trial, stop: Stop) -> None:
+def _kill(trial: Trial) -> None:
     """Kill a trial's process; Tune then reports an error that is not tried again."""
-    leave_on_trial(trial, stop)
+    leave_on_trial(trial, STOPPED)
     trial.max_failures = 0
     if trial.temporary_state.ray_actor is not None:
         ray.kill(trial.temporary_state.ray_actor)

@@ -51,7 +51,7 @@ def test_a_running_trial_is_killed_for_good_and_its_request_stays_until_it_has_e
     setting.act()
     assert setting.killed == ["actor 0"]
     assert setting.trials[0].max_failures == 0
-    assert stop_of(setting.trials[0], {}) == ("user", "epoch 1: stopped with nkat stop")
+    assert stop_of(setting.trials[0], {}) == ("user", "stopped with nkat stop")
     assert setting.left == {0}
     setting.state.trials[0].stop_reason = "user"
     setting.act()
@@ -65,7 +65,7 @@ def test_a_trial_that_waits_for_its_slot_is_killed_when_it_has_it(setting: Setti
     setting.trials[1].status = "RUNNING"
     setting.act()
     assert setting.killed == ["actor 1"]
-    assert stop_of(setting.trials[1], {}) == ("user", "epoch 0: stopped with nkat stop")
+    assert stop_of(setting.trials[1], {}) == ("user", "stopped with nkat stop")
 
 
 def test_a_request_that_came_too_late_is_removed_and_one_for_no_trial_stays(setting: Setting) -> None:
@@ -88,5 +88,5 @@ def test_the_folder_is_read_every_two_seconds(setting: Setting) -> None:
 
 def test_an_unfinished_trial_of_an_earlier_driver_has_its_reason_without_a_process(setting: Setting) -> None:
     request_stop(setting.folder, 1)
-    assert setting.stops.stop(setting.state.trials[1]) == ("user", "epoch 0: stopped with nkat stop")
+    assert setting.stops.stop(setting.state.trials[1]) == ("user", "stopped with nkat stop")
     assert setting.stops.stop(setting.state.trials[0]) is None
