@@ -110,7 +110,7 @@ class CudaCard:
                 work()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        places = [f"{Path(w.filename).name}:{w.lineno}" for w in said if "synchronizing" in str(w.message)]
+        places = [f"{Path(w.filename).name}:{w.lineno}" for w in said if "called a synchronizing" in str(w.message)]
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
             work()

@@ -17,8 +17,16 @@ from nkat_ray.model.capture import capture_attention, nkat_scalars
 from nkat_ray.train.augment import Mixing, apply, apply_mixing, draw, draw_mixing
 from nkat_ray.train.checkpoint import Weights
 from nkat_ray.train.device import autocast, float32_notice, is_out_of_memory
+from nkat_ray.train.graph import StepGraph
 from nkat_ray.train.images import ImageSet, TrainingData, in_pixels, normalise
-from nkat_ray.train.optim import Average, create_optimizer, lr_at
+from nkat_ray.train.optim import (
+    Average,
+    create_optimizer,
+    load_optimizer_state,
+    lr_at,
+    optimizer_state,
+    set_rate,
+)
 
 AUGMENTED_IMAGES = 2048  # at a time: twice as fast as 128, and it still fits into a CPU's cache
 EVAL_BATCH, GPU_EVAL_BATCH = 250, 500  # images
@@ -88,8 +96,20 @@ class Trainer:
         self.epoch = 0
         self._right = torch.zeros((), device=self.device)  # images of the last batch that were classified correctly
         self._part_size = self._smallest_part = min(config.batch_size, len(data.train))
+        self._graph = self._new_graph()
         self.steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
         torch.manual_seed(seed + 2)  # dropout takes no generator; a trial's process is its own until the next seeds it
+
+    def _new_graph(self) -> StepGraph | None:
+        """Return the step as a CUDA graph; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+
+        def others() -> list[Tensor]:
+            state = (value for values in self.optimizer.state.values() for value in values.values())
+            return [*self.model.buffers(), *(value for value in state if isinstance(value, Tensor))]
+
+        return StepGraph(self._update, self._update_whole, self.model.parameters(), others, self.notice)
 
     @property
     def scored_model(self) -> nn.Module:
@@ -173,17 +193,34 @@ class Trainer:
         """Make one update; return the batch's mean loss, on the device."""
         inputs = normalise(batch.images, self.mean, self.std)
         inputs, targets = apply_mixing(inputs, batch.targets, batch.mixing)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(step)
-        loss = self._backward_within_memory(inputs, targets)
-        if self.config.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        self.optimizer.step()
+        set_rate(self.optimizer, self._lr(step))
+        whole = len(inputs) == self.config.batch_size == self._part_size
+        update = self._graph.step if whole and self._graph is not None else self._update
+        loss, self._right = update(inputs, targets)
         if self.ema is not None:
             self.ema.update(step)
         return loss
 
-    def _backward_within_memory(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _update(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Make one update; return the batch's mean loss and number of correct predictions, on the device."""
+        outcome = self._backward_within_memory(inputs, targets)
+        self._descend()
+        return outcome
+
+    def _update_whole(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Make one update with a batch that fits into memory; never waits for the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        outcome = self._backward(inputs, targets)
+        self._descend()
+        return outcome
+
+    def _descend(self) -> None:
+        """Update the weights with the gradients."""
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.optimizer.step()
+
+    def _backward_within_memory(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of the batch's mean loss; halve the batch until a part fits into the GPU's memory.
 
         Only an out-of-memory error splits a batch, so never on a CPU. The part size lasts until the end of the epoch.
@@ -219,9 +256,9 @@ class Trainer:
             f"epoch{'; BatchNorm sees each part alone, so scores differ from those of whole batches' * batch_norm}"
         )
 
-    def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Add up the gradients of the batch's parts and count correct predictions; return the batch's mean loss."""
-        total, self._right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+    def _backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of the batch's parts; return the batch's mean loss and number of correct predictions."""
+        total, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for part, wanted in zip(inputs.split(self._part_size), targets.split(self._part_size), strict=True):
             with autocast(self.device):
                 logits = self.model(part)
@@ -229,8 +266,8 @@ class Trainer:
             loss = loss * (len(part) / len(inputs))
             loss.backward()
             total += loss.detach()
-            self._right += (logits.argmax(1) == wanted.argmax(1)).sum()
-        return total
+            right += (logits.argmax(1) == wanted.argmax(1)).sum()
+        return total, right
 
     def accuracy(self, images: ImageSet) -> float:
         """Return the fraction of images that the scored network classifies correctly, 0..1."""
@@ -269,7 +306,7 @@ class Trainer:
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "order": self.order.get_state(),
             "augmentation": self.augmentation.get_state(),
             "cpu_random": torch.get_rng_state(),
@@ -282,7 +319,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self._graph = self._new_graph()  # the optimizer's tensors are others
         self.order.set_state(state["order"])
         if state["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self.device)

@@ -22,8 +22,9 @@ def create_optimizer(model: nn.Module, config: TrialConfig) -> torch.optim.Optim
 
     Vectors, biases and parameters that the model names in `no_weight_decay` have no weight decay. Muon (Jordan et al.
     2024) updates matrices of at least 4 x 4 (convolution kernels as out x (in * height * width)) and leaves the rest to
-    AdamW.
+    AdamW. On a GPU the learning rates are tensors and a CUDA graph can capture a step.
     """
+    on_gpu = any(parameter.device.type == "cuda" for parameter in model.parameters())
     options: dict[str, Any] = {"fused": True}
     if config.optimizer == "muon":
         options = {"fallback_lr_scale": MUON_FALLBACK_LR_SCALE}
@@ -34,9 +35,39 @@ def create_optimizer(model: nn.Module, config: TrialConfig) -> torch.optim.Optim
         lr=config.lr,
         weight_decay=config.weight_decay,
         filter_bias_and_bn=True,
+        capturable=on_gpu,
         **options,
     )
+    if on_gpu:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(config.lr, device=group["params"][0].device)
     return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all groups; on a GPU in place, where a CUDA graph reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the optimizer's state in a form that both CPUs and GPUs can continue from."""
+    state = optimizer.state_dict()
+    groups = [{**group, "lr": float(group["lr"]), "capturable": False} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Continue from what `optimizer_state` returned, on this optimizer's device."""
+    own = optimizer.param_groups
+    groups = [
+        {**group, "lr": mine["lr"], "capturable": mine["capturable"]}
+        for group, mine in zip(state["param_groups"], own, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 _timm_orthogonalise = muon.zeropower_via_newtonschulz

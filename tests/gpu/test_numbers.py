@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cards import CPU, STILL, Card, config_for, data_on, trainer_on
+from cards import CPU, STILL, Card, config_for, data_on, losses_of, trainer_on
 from pretend_cuda import CUDA
 from torch import Tensor
 
@@ -79,6 +79,30 @@ def test_an_epoch_of_every_shape_is_a_cpus(card: Card, precision: str, shape: st
     entropy, wanted_entropy = mine.attention_entropy(), expected.attention_entropy()
     assert entropy == pytest.approx(wanted_entropy, rel=1e-2)
     assert mine.nkat_scalars() == pytest.approx(expected.nkat_scalars(), abs=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("stem", ["off", "tiny"])
+def test_replayed_steps_train_as_eager_ones(
+    card: Card, optimizer: str, stem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With dropout, whose masks a replay draws anew. A pretend GPU has no graphs: its steps stay eager, and say so."""
+    config = config_for(card, optimizer=optimizer, conv_stem=stem, patch_size=4, epochs=1, warmup=0)
+    steps = 24 if card.real else 6
+    losses, moves = [], []
+    for graphed in (True, False):
+        trainer = trainer_on(CUDA, config, train=steps * config.batch_size)
+        if not graphed:
+            trainer._graph = None
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        losses.append(losses_of(trainer, steps))
+        assert trainer._graph is None or (trainer._graph.replays, trainer._graph.failed) == (card.real, not card.real)
+        pairs = zip(trainer.model.parameters(), before, strict=True)
+        moves.append(torch.cat([(now.detach() - then).flatten() for now, then in pairs]).to(CPU))
+    assert ("no CUDA graph" in capsys.readouterr().out) != card.real
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2 if card.real else 1e-6)
+    assert torch.cosine_similarity(*moves, dim=0) > 0.95
+    assert len(set(losses[0])) == steps  # each replay has its own images
 
 
 def test_dropout_and_stochastic_depth_train(card: Card, sizes: dict[str, int]) -> None:

@@ -54,6 +54,28 @@ def test_images_per_second(card: Card, network: str, measured: Callable[[str, ob
     assert len(results) == 4
 
 
+@pytest.mark.parametrize("network", ["16 tokens (baseline)", "16 tokens, muon", "64 tokens"])
+def test_what_a_step_takes(card: Card, network: str, measured: Callable[[str, object], None]) -> None:
+    """The whole step, replayed as a CUDA graph and one kernel at a time."""
+    config = config_of(card, NETWORKS[network])
+    rounds = 40 if card.real else 2
+    for how in ("graph", "eager"):
+        trainer = trainer_on(CUDA, config, train=(8 + rounds) * config.batch_size)
+        if how == "eager":
+            trainer._graph = None
+        trainer.model.train()
+        batches = list(trainer._batches())
+        for step in range(8):
+            trainer._step(batches[step], step)
+        assert how == "eager" or (trainer._graph is not None and trainer._graph.replays == card.real)
+        torch.cuda.synchronize()
+        clock = time.perf_counter()
+        for step in range(8, 8 + rounds):
+            trainer._step(batches[step], step)
+        torch.cuda.synchronize()
+        measured(f"{network}: {how}, ms per step without augmentation", 1e3 * (time.perf_counter() - clock) / rounds)
+
+
 @pytest.mark.parametrize("how", ["eager", "compiled", "graphed"])
 def test_what_forward_and_backward_take(card: Card, how: str, measured: Callable[[str, object], None]) -> None:
     """As it is, behind torch.compile, as a CUDA graph: what the last two would gain. All give the same gradients."""

@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite_is_reported_as_nan_without_a_checkpoint(
     whole = Trainer._backward
 
     def breaks(self: Trainer, *arguments: Any) -> Any:
-        return whole(self, *arguments) if self.epoch < 1 else torch.tensor(math.nan)
+        return whole(self, *arguments) if self.epoch < 1 else (torch.tensor(math.nan), torch.tensor(0))
 
     monkeypatch.setattr(Trainer, "_backward", breaks)
     fake = train()
@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_is_reported_as_nan_without_a_checkpoint(
 
 
 def test_a_trial_that_was_never_finite_has_no_best(train: Callable[..., FakeTune], monkeypatch: Any) -> None:
-    monkeypatch.setattr(Trainer, "_backward", lambda *_: torch.tensor(math.inf))
+    monkeypatch.setattr(Trainer, "_backward", lambda *_: (torch.tensor(math.inf), torch.tensor(0)))
     (row,) = train().rows
     assert math.isnan(row["best_local_tpe"])
 

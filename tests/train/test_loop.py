@@ -246,9 +246,9 @@ def breaks_at(trained: Trainer, step: int, value: float) -> None:
     """From this step on the loss is what it is given."""
     backward, calls = trained._backward, [0]
 
-    def wrapped(*arguments: Any) -> Tensor:
+    def wrapped(*arguments: Any) -> tuple[Tensor, Tensor]:
         calls[0] += 1
-        return backward(*arguments) if calls[0] <= step else torch.tensor(value)
+        return backward(*arguments) if calls[0] <= step else (torch.tensor(value), torch.tensor(0))
 
     trained._backward = wrapped  # type: ignore[method-assign]
 
@@ -337,7 +337,7 @@ def batch(n: int) -> tuple[Tensor, Tensor]:
 
 
 def gradients(trained: Trainer, inputs: Tensor, targets: Tensor) -> tuple[float, list[Tensor]]:
-    loss = trained._backward_within_memory(inputs, targets)
+    loss, _ = trained._backward_within_memory(inputs, targets)
     return float(loss), [p.grad.clone() for p in trained.model.parameters() if p.grad is not None]
 
 

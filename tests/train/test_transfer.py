@@ -155,7 +155,7 @@ def test_the_same_seed_gives_the_same_network(carry: Callable[..., Weights]) -> 
 def test_a_loss_that_is_not_finite_is_an_error_that_names_the_dataset(
     carry: Callable[..., Weights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "_backward", lambda *_: torch.tensor(math.nan))
+    monkeypatch.setattr(Trainer, "_backward", lambda *_: (torch.tensor(math.nan), torch.tensor(0)))
     with pytest.raises(ValueError, match="not finite in epoch 1 of the transfer to digits"):
         carry("finetune")
 
