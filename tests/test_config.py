@@ -395,3 +395,16 @@ def test_building_a_trial_is_cheap() -> None:
     """A search space may build thousands before a run starts; it took 115 us when each field was checked by hand."""
     values = vars(TrialConfig())
     assert min(timeit.repeat(lambda: TrialConfig(**values), number=200, repeat=20)) / 200 < 60e-6
+
+
+@pytest.mark.parametrize(
+    ("images", "limit", "epochs"),
+    [
+        (55_000, None, 6), (20_000, None, 6), (19_999, None, 7), (6_144, None, 20), (1, None, 120_000),
+        (6_144, 5_000, 6), (4_000, 5_000, 8), (2_000, 2_000, 6), (55_000, 30_000, 6),
+    ],
+)  # fmt: skip
+def test_a_small_dataset_is_passed_through_more_often(images: int, limit: int | None, epochs: int) -> None:
+    config = RunConfig.from_preset("laptop", transfer_images=limit)
+    assert config.transfer_epochs == 6
+    assert config.epochs_on(images) == epochs

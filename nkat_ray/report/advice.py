@@ -452,9 +452,10 @@ def _transfers_s(
     sizes = [_size(run, name) for name in datasets if name != STAGE1_DATASET]
     if not speed or config is None or not all(sizes) or not all(designs.values()):
         return None
-    images = sum(size if whole else min(size, config.transfer_images or size) for size in sizes)
+    taken = [size if whole else min(size, config.transfer_images or size) for size in sizes]
+    images = sum(config.epochs_on(size) * size for size in taken)
     each = {number: epoch_flops(design, images) for number, design in designs.items() if design}
-    flops = config.transfer_epochs * math.fsum(each[number] for number in trials)
+    flops = math.fsum(each[number] for number in trials)
     return flops / speed / _at_a_time(run)
 
 

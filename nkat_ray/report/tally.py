@@ -144,5 +144,5 @@ def survivor_cost(config: RunConfig, datasets: Mapping[str, Dataset | Missing]) 
         return limits.train_images or dataset.sizes["train"] - limits.val_images
 
     per_epoch = trained(STAGE1_DATASET)
-    transfers = sum(trained(name) for name in datasets if name != STAGE1_DATASET)
-    return config.transfer_epochs * transfers / per_epoch if per_epoch else 0.0
+    sizes = [size for name in datasets if name != STAGE1_DATASET and (size := trained(name))]
+    return sum(config.epochs_on(size) * size for size in sizes) / per_epoch if per_epoch else 0.0

@@ -47,7 +47,7 @@ def transfer_weights(
         accuracy = count_correct_of(source, data.val) / len(data.val)
     else:
         moved = transfer(
-            source, data, mode=run.transfer, epochs=run.transfer_epochs, lr=run.transfer_lr, seed=seed,
+            source, data, mode=run.transfer, epochs=run.epochs_on(len(data.train)), lr=run.transfer_lr, seed=seed,
             notice=notices.append,
         )  # fmt: skip
         payload, accuracy = moved.to_bytes(), moved.val_accuracy
