@@ -113,7 +113,7 @@ def _spaces() -> str:
 
 
 def _presets() -> str:
-    names = [name for name in {**PRESETS["quick"], **PRESETS["laptop"]} if name != "preset"]
+    names = [name for name in {**PRESETS["quick"], **PRESETS["laptop"], **PRESETS["gpu"]} if name != "preset"]
     configs = [RunConfig.from_preset(preset) for preset in PRESETS]
     return _table(
         ("flag", *PRESETS),

@@ -71,7 +71,7 @@ TRIAL_RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("val_images", [0, 9, 30_001, NAN], [10, 30_000]),
 ]
 RUN_RANGES: list[tuple[str, list[Any], list[Any]]] = [
-    ("preset", ["", "tiny", "Quick"], ["quick", "laptop", "round2"]),
+    ("preset", ["", "tiny", "Quick"], ["quick", "laptop", "gpu", "round2"]),
     ("name", ["", ".", "..", "/tmp/run", "a/b", "a\\b", "../up", "a..b", "-rf", ".hidden", "a b", "a\n", "é",
               "a" * 101],
      ["a", "round2-20250601-120000", "A.b_c-9", "a" * 100, None]),
@@ -268,7 +268,7 @@ def test_a_preset_can_be_overridden_and_is_checked_again() -> None:
     assert RunConfig.from_preset("quick", gate=0.5).gate == 0.5
     with pytest.raises(ValueError, match="warmup is 1"):
         RunConfig.from_preset("quick", epochs=1)  # the preset's warm-up no longer fits
-    with pytest.raises(ValueError, match="preset is 'huge'; allowed: quick, laptop, round2"):
+    with pytest.raises(ValueError, match="preset is 'huge'; allowed: quick, laptop, gpu, round2"):
         RunConfig.from_preset("huge")
 
 
@@ -366,7 +366,7 @@ def same_after_json(made: Any) -> None:
             5,
             "randaugment is 5; allowed: (a whole number, 1..14; a whole number, 0..30), or off",
         ),
-        (RunConfig, "preset", [], "preset is []; allowed: quick, laptop, round2"),
+        (RunConfig, "preset", [], "preset is []; allowed: quick, laptop, gpu, round2"),
         (RunConfig, "space", [], "space is []; allowed: text"),
         (RunConfig, "storage_path", 5, "storage_path is 5; allowed: text"),
         (RunConfig, "datasets", ["cifar10"], "datasets is ['cifar10']; allowed: a tuple of text"),

@@ -1,7 +1,9 @@
 """Check the documents against the code: commands parse, files exist, figures and names are those of the code."""
 
 import ast
+import dataclasses
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -23,7 +25,7 @@ from nkat_ray.config import EXPECTED, PRESETS, RunConfig
 from nkat_ray.data.digests import dataset_digest
 from nkat_ray.data.spec import KNOWN
 from nkat_ray.record import tables
-from nkat_ray.space import SearchSpace, space_of
+from nkat_ray.space import SPACES, SearchSpace, space_of
 
 ROOT = Path(__file__).resolve().parents[1]
 JAPANESE = {  # a page and its original
@@ -407,7 +409,7 @@ def plain(cell: str) -> str | float | None:
 
 def test_the_presets_table_has_the_presets_values() -> None:
     rows = re.findall(
-        r"^\| `(\w+)`.*? \| (.+?) \| (.+?) \| (.+?) \|$",
+        r"^\| `(\w+)`.*?" + r" \| (.+?)" * len(PRESETS) + r" \|$",
         section((ROOT / "docs/howto/search.md").read_text(), "The presets"),
         re.MULTILINE,
     )
@@ -441,15 +443,25 @@ def test_the_digests_are_those_of_the_code() -> None:
     assert listed == {name: dataset_digest(split["train"], split["test"]) for name, split in contents.items()}
 
 
-def test_the_headline_figures_are_those_of_its_files() -> None:
-    folder = ROOT / "benchmarks/headline"
-    rows = pq.read_table(folder / "stage2.parquet").to_pylist()
-    trials = pq.read_table(folder / "trials.parquet").to_pylist()
+@pytest.mark.parametrize(("folder", "preset", "passed", "of"), [("headline", "gpu", 1, 4), ("laptop", "laptop", 3, 5)])
+def test_the_figures_of_a_preset_are_those_of_its_files(folder: str, preset: str, passed: int, of: int) -> None:
+    results = ROOT / "benchmarks" / folder
+    rows = pq.read_table(results / "stage2.parquet").to_pylist()
+    trials = pq.read_table(results / "trials.parquet").to_pylist()
     global_tpe = f"{np.mean([row['tpe'] for row in rows]):.3f}"
     accuracies = [f"{row['test_accuracy']:.3f}" for row in rows]
-    assert sum(row["passed_gate"] for row in trials) == 3
-    assert len(trials) == 5
+    assert (sum(row["passed_gate"] for row in trials), len(trials)) == (passed, of)
     for page in ("README.md", "README.ja.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert [figure for figure in (global_tpe, *accuracies) if figure not in text] == [], page
-    assert global_tpe in EXPECTED["laptop"]
+    assert global_tpe in EXPECTED[preset]
+
+
+def test_the_headlines_run_is_the_preset_gpu() -> None:
+    saved = json.loads((ROOT / "benchmarks/headline/config.json").read_text(encoding="utf-8"))
+    preset = dataclasses.asdict(RunConfig.from_preset("gpu"))
+    differing = {name for name, value in preset.items() if saved[name] != json.loads(json.dumps(value))}
+    assert differing == {"preset", "space", "name", "storage_path", "data_dir", "gpus_per_trial", "cpus_per_trial"}
+    assert (saved["gpus_per_trial"], saved["cpus_per_trial"]) == (0.25, 4)
+    searched = {name: domain for name, domain in saved["own_space"].items() if name not in saved["fixed"]}
+    assert searched == {name: dataclasses.asdict(domain) for name, domain in SPACES["gpu"].items()}

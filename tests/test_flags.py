@@ -160,10 +160,11 @@ def test_off_is_none() -> None:
         (["--scheduler", "hyperband"], "--scheduler hyperband was removed; use --scheduler asha"),
         (["--scheduler=median"], "--scheduler median was removed; use --scheduler asha"),
         (["--sampler", "nsga2"], "--sampler nsga2 was removed; use --sampler tpe"),
-        (["--preset", "quikc"], "preset is 'quikc'; allowed: quick, laptop, round2; did you mean quick?"),
+        (["--preset", "quikc"], "preset is 'quikc'; allowed: quick, laptop, gpu, round2; did you mean quick?"),
         (
             ["--space", "extnded"],
-            "space is 'extnded'; allowed: round2, extended, laptop, quick, or a file NAME.toml; did you mean extended?",
+            "space is 'extnded'; allowed: round2, extended, laptop, gpu, quick, or a file NAME.toml; "
+            "did you mean extended?",
         ),
         (["--data_dir", ""], "data_dir is ''; allowed: a path, or None"),
     ],

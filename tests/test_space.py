@@ -369,7 +369,7 @@ def test_bad_files_are_one_line(text: str | bytes | None, said: str, tmp_path: P
 
 def test_a_space_that_is_neither_known_nor_a_file_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"space is 'round3'; allowed: round2, extended, laptop, quick, or a file NAME\.toml"
+        ValueError, match=r"space is 'round3'; allowed: round2, extended, laptop, gpu, quick, or a file NAME\.toml"
     ):
         space_of(RunConfig(space="round3"))
 

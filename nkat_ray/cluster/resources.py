@@ -133,8 +133,9 @@ def gpu_share(config: TrialConfig, gpu: Gpu) -> float:
 
     The memory must suffice for a training step and the process's CUDA context; if no share has enough, the result is 1
     and batches are split. The multiprocessors limit the number of trials, because without NVIDIA's multi-process
-    service the kernels of different trials take turns: more trials than keep the GPU busy only wait for each other. The
-    estimate from tokens, width and batch gives four baseline trials on an H100 and two on an A10G.
+    service the kernels of different trials take turns: more trials than keep the GPU busy only wait for each other, but
+    one can train while another starts. The estimate from tokens, width and batch gives four baseline trials on an H100
+    and two on an A10G.
     """
     needed = peak_bytes(config) + GPU_CONTEXT_BYTES
     least = max(needed / gpu.memory_bytes, _busy_fraction(config, gpu))

@@ -106,7 +106,7 @@ def gate_rows(run: RunConfig, space: SearchSpace) -> dict[str, str]:
     for demand in demands(run, space.domains, ASSUMED_ACCURACY.values()):
         widths = " or ".join(map(str, demand.widths))
         cells.setdefault(stem_name(demand.conv_stem), []).append(f"{_range(demand.gate, '.3f')} at width {widths}")
-    rows = {"gate": f"Local TPE {run.gate:g} under lambda model {run.lambda_model}: accuracy on CIFAR-10 of"}
+    rows = {"gate": f"Local TPE {run.gate:g} under lambda model {run.lambda_model}: CIFAR-10 accuracy of"}
     return rows | {f"  {stem}": ", ".join(found) for stem, found in cells.items()}
 
 
