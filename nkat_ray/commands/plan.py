@@ -38,6 +38,8 @@ from nkat_ray.space import SearchSpace, baseline_point, corner_configs, describe
 
 PROBE_TOKENS: Final = 512  # per step of the probe on a CPU: speed hardly depends on more
 PROBE_S: Final = 0.7
+PROBE_STEPS: Final = 16  # per epoch of the probe on a GPU
+PROBE_EPOCHS: Final = 3  # on a GPU, where the first one warms up
 START_S: Final = 30.0  # from the command to the first step: Ray, images, processes
 SLOWER: Final = 1.6  # training time / time of the probe: augmentation, optimizer, a busy machine
 MOST_NAMED: Final = 8  # largest number of searched parameters that are listed without --verbose
@@ -177,9 +179,9 @@ def typical(configs: Sequence[TrialConfig]) -> TrialConfig:
 
 
 def measured_flops_per_s(config: TrialConfig, *, on_gpu: bool) -> float:
-    """Measure this machine's speed with forward and backward passes of a network, on one core or on a GPU.
+    """Measure this machine's speed: forward and backward passes on one core, or some epochs of a training on a GPU.
 
-    On a GPU, whose speed depends on both, with whole batches and in the precision of a training.
+    A GPU's speed depends on batch, precision and launches, so there it is measured with a training's own steps.
 
     Returns:
         Floating-point operations per second, as `epoch_flops` counts them.
@@ -189,26 +191,10 @@ def measured_flops_per_s(config: TrialConfig, *, on_gpu: bool) -> float:
     """
     import torch
 
-    from nkat_ray.model import create_nkat_vit
-    from nkat_ray.train.device import autocast
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        device = torch.device("cuda" if on_gpu else "cpu")
-        model = create_nkat_vit(config, num_classes=10).to(device)
-        batch = config.batch_size if on_gpu else max(1, PROBE_TOKENS // config.tokens)
-        images = torch.rand(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
-        with autocast(device):
-            model(images if on_gpu else images[:1]).sum().item()  # warms up
-        steps, clock = 0, time.perf_counter()
-        while time.perf_counter() - clock < PROBE_S:
-            with autocast(device):
-                loss = model(images).square().mean()
-            loss.backward()
-            loss.item()  # waits for the device
-            steps += 1
-        return epoch_flops(config, batch * steps) / (time.perf_counter() - clock)
+        return _gpu_flops_per_s(config) if on_gpu else _core_flops_per_s(config)
     except RuntimeError as error:
         if not on_gpu:
             raise
@@ -217,6 +203,38 @@ def measured_flops_per_s(config: TrialConfig, *, on_gpu: bool) -> float:
         raise UserError(f"the GPU's speed could not be measured ({said}); {advice}") from error
     finally:
         torch.set_num_threads(threads)
+
+
+def _core_flops_per_s(config: TrialConfig) -> float:
+    import torch
+
+    from nkat_ray.model import create_nkat_vit
+
+    model = create_nkat_vit(config, num_classes=10)
+    images = torch.rand(max(1, PROBE_TOKENS // config.tokens), 3, IMAGE_SIZE, IMAGE_SIZE)
+    model(images[:1])  # warms up
+    steps, clock = 0, time.perf_counter()
+    while time.perf_counter() - clock < PROBE_S:
+        model(images).square().mean().backward()
+        steps += 1
+    return epoch_flops(config, len(images) * steps) / (time.perf_counter() - clock)
+
+
+def _gpu_flops_per_s(config: TrialConfig) -> float:
+    import numpy as np
+    import torch
+
+    from nkat_ray.data.dataset import Traits
+    from nkat_ray.data.selection import Selection
+    from nkat_ray.train.session import create_trainer, training_data
+
+    images = np.zeros((PROBE_STEPS * config.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    labels, every = np.zeros(len(images), np.int64), np.arange(len(images))
+    traits = Traits(name="probe", num_classes=10, grey=False, flip=True)
+    data = training_data(Selection(images, labels, every, every[:1]), traits, torch.device("cuda"))
+    recipe = dataclasses.replace(config, epochs=PROBE_EPOCHS, warmup=0)
+    *_, last = create_trainer(recipe, data, seed=0, notice=lambda _: None).epochs()
+    return epoch_flops(config, 1) * last.images_per_s
 
 
 def _memory(configs: Sequence[TrialConfig], shares: Sequence[Share], cluster: Cluster) -> str:

@@ -118,7 +118,7 @@ def _demands(run: RecordedRun, others: Mapping[str, float]) -> list[Demand]:
 
 
 def losses_of(run: RecordedRun, found: Sequence[Demand]) -> list[Loss]:
-    """Split the distance of the winner's Global TPE from the ceiling: its lambda first, then each dataset's errors.
+    """Split the distance of the winner's Global TPE from the ceiling into parts: a higher lambda, and datasets' errors.
 
     The ceiling is 1 / log10(1 + lambda) at the lowest lambda of the space. The losses add up to it minus the Global
     TPE. Empty without a winner for whom all four datasets count.
@@ -129,8 +129,9 @@ def losses_of(run: RecordedRun, found: Sequence[Demand]) -> list[Loss]:
     lam = next(row["lambda_theory"] for row in run.trials if row["trial"] == run.winner)
     lowest = min([lam, *(demand.lambda_theory[0] for demand in found)])
     errors = {name: tpe_score(1 - rows[name]["test_accuracy"], lam) / len(rows) for name in STAGE2_DATASETS}
+    by_lambda = Loss(f"lambda {lam:.4g} instead of {lowest:.4g}", tpe_score(1.0, lowest) - tpe_score(1.0, lam))
     return [
-        Loss(f"lambda {lam:.4g} instead of {lowest:.4g}", tpe_score(1.0, lowest) - tpe_score(1.0, lam)),
+        *([by_lambda] if lam > lowest else []),
         *(Loss(f"errors on {scoring.dataset_name(name)}", loss) for name, loss in errors.items()),
     ]
 

@@ -182,14 +182,13 @@ def test_the_speed_is_that_of_a_network_of_mean_cost(
 
 
 def test_a_gpus_speed_is_measured_as_a_trial_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In whole batches and in bfloat16, from the first pass on."""
+    """With a training's own steps, in whole batches and in bfloat16; it validates a single image."""
     import torch
     from pretend_cuda import pretend_cuda
 
     from nkat_ray.model import NKATVisionTransformer
 
     monkeypatch.undo()
-    monkeypatch.setattr(plan, "PROBE_S", 0.05)
     seen, forward = [], NKATVisionTransformer.forward
 
     def watched(self: Any, images: Any) -> Any:
@@ -199,17 +198,16 @@ def test_a_gpus_speed_is_measured_as_a_trial_trains(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(NKATVisionTransformer, "forward", watched)
     with pretend_cuda():
         assert plan.measured_flops_per_s(TrialConfig(embed_dim=16, depth=1, batch_size=40), on_gpu=True) > 0
-    assert set(seen) == {("cuda", 40, True)}
+    assert set(seen) == {("cuda", 40, True), ("cuda", 1, True)}
+    assert len([images for _, images, _ in seen if images == 40]) >= plan.PROBE_EPOCHS * plan.PROBE_STEPS
 
 
 def test_a_busy_gpu_ends_a_plan_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     def busy(*_: Any) -> None:
         raise RuntimeError("CUDA error: out of memory\nDevice-side assertions were explicitly omitted.")
 
     monkeypatch.undo()
-    monkeypatch.setattr(torch.nn.Module, "to", busy)
+    monkeypatch.setattr("nkat_ray.train.session.training_data", busy)
     with pytest.raises(UserError, match=r"could not be measured \(CUDA error: out of memory\).*--gpus_per_trial 0"):
         plan.measured_flops_per_s(TrialConfig(embed_dim=16, num_heads=2, depth=1), on_gpu=True)
 
