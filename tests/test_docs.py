@@ -460,7 +460,7 @@ def test_the_figures_of_a_preset_are_those_of_its_files(folder: str, preset: str
 def test_the_headlines_run_is_the_preset_gpu() -> None:
     saved = json.loads((ROOT / "benchmarks/headline/config.json").read_text(encoding="utf-8"))
     preset = dataclasses.asdict(RunConfig.from_preset("gpu"))
-    differing = {name for name, value in preset.items() if saved[name] != json.loads(json.dumps(value))}
+    differing = {name for name, value in preset.items() if saved[name] != json.loads(json.dumps(value, default=str))}
     assert differing == {"preset", "space", "name", "storage_path", "data_dir", "gpus_per_trial", "cpus_per_trial"}
     assert (saved["gpus_per_trial"], saved["cpus_per_trial"]) == (0.25, 4)
     searched = {name: domain for name, domain in saved["own_space"].items() if name not in saved["fixed"]}
