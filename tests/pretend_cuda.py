@@ -85,11 +85,14 @@ class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.on = True
+        self.sync_debug_mode: int | str = 0
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
 
     def wait(self, name: str) -> None:
-        """Count a wait of the host for the device."""
+        """Count a wait of the host for the device; raise where CUDA is told to."""
+        if self.sync_debug_mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
         if self.on:
             self.waits[name] += 1
 
@@ -264,6 +267,8 @@ def pretend_cuda() -> Iterator[Counting]:
         has_native_bfloat16.cache_clear()
         mode = Counting()
         _MODES.append(mode)
+        patch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode.sync_debug_mode)
+        patch.setattr(torch.cuda, "set_sync_debug_mode", lambda value: setattr(mode, "sync_debug_mode", value))
         try:
             with torch.autograd.set_multithreading_enabled(False), mode, Autocast():
                 yield mode

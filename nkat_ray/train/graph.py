@@ -4,100 +4,119 @@ A step of the notes' baseline launches about 1,100 kernels. Launching them one b
 computing them (benchmarks/RESULTS.md, "On an H100"); a graph launches all of them at once.
 """
 
-from collections.abc import Callable, Iterable
+import gc
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from nkat_ray.train.device import is_out_of_memory
+
 EAGER_STEPS = 3  # before a graph is captured: they create the optimizer's state and load the kernels
 PROVED_STEPS = 2  # first replays, which are compared with eager steps
 LOSS_TOLERANCE = 1e-2  # relative difference of the loss
-UPDATE_TOLERANCE = 0.05  # difference of the weights' change, relative to its norm: sums differ in their order, no more
+CHANGE_TOLERANCE = 0.05  # difference of a change, relative to its norm: sums differ in their order, no more
+LITTLE_MEMORY = "too little memory"
 
 Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # inputs, targets -> loss, number of correct predictions
+State = Mapping[str, Sequence[Tensor]]  # by kind: weights, buffers, the optimizer's averages
 
 
 class StepGraph:
     """A training step that is captured as a CUDA graph after a few eager steps, and replayed from then on.
 
-    The first replays prove themselves: each is compared with an eager step from the same weights and random state.
+    The first replays prove themselves: each is compared with an eager step from the same state and random numbers.
     Where the capture fails, or a replay differs, the training continues eagerly and a notice says so; no step is lost.
 
     Args:
-        eager: makes one update in any way, by parts if the memory needs it.
-        whole: makes one update with a whole batch, without waiting for the device; this is what is captured.
-        parameters: the network's parameters, whose changes are compared.
-        others: returns all other tensors that an update changes: buffers and the optimizer's state.
+        state: returns everything that an update changes. It must not hold the training, nor may `notice`: a graph in a
+            cycle of references would keep its memory.
         notice: called with one line if the graph cannot be used.
     """
 
-    def __init__(
-        self,
-        eager: Update,
-        whole: Update,
-        parameters: Iterable[Tensor],
-        others: Callable[[], list[Tensor]],
-        notice: Callable[[str], None],
-    ) -> None:
-        self._eager, self._whole, self._notice = eager, whole, notice
-        self._parameters, self._others = list(parameters), others
+    def __init__(self, state: Callable[[], State], notice: Callable[[str], None]) -> None:
+        self._state, self._notice = state, notice
         self._steps, self._proved = 0, 0
+        self.failed = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Give up the graph with its memory."""
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs, self._targets = torch.empty(0), torch.empty(0)
         self._outcome = (torch.empty(0), torch.empty(0))
-        self.failed = False
 
     @property
     def replays(self) -> bool:
         """Whether the next step of a whole batch is replayed without a comparison."""
         return self._graph is not None and self._proved >= PROVED_STEPS
 
-    def step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, inputs: Tensor, targets: Tensor, *, eager: Update, whole: Update) -> tuple[Tensor, Tensor]:
         """Make one update with a whole batch; return its mean loss and the number of correct predictions.
 
         Args:
             inputs: float (B, 3, 32, 32), the same B in each call.
             targets: float (B, K).
+            eager: makes one update in any way, by parts if the memory needs it.
+            whole: makes one update with a whole batch, without waiting for the device; this is what is captured.
         """
         if self.failed or self._steps < EAGER_STEPS:
             self._steps += 1
-            return self._eager(inputs, targets)
-        if not self.replays:
-            return self._prove(inputs, targets)
-        return self._replay(inputs, targets)
-
-    def _prove(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Make one update eagerly and once more by replay; keep the replay's if they agree, else the eager one's."""
+            return eager(inputs, targets)
+        if self.replays:
+            return self._replay(inputs, targets)
         before, random = self._copies(), torch.cuda.get_rng_state()
-        eager = self._eager(inputs, targets)
-        if not eager[0].isfinite():
-            return eager  # nothing to compare with; the training ends
-        after, random_after = self._copies(), torch.cuda.get_rng_state()
-        self._put_back(before)
-        try:
-            if self._graph is None:
-                self._capture(inputs, targets)
+        outcome = self._prove(inputs, targets, before, whole)
+        if outcome is None:
+            self._put_back(before)
             torch.cuda.set_rng_state(random)
-            replayed = self._replay(inputs, targets)
-            fault = self._difference(before, after, eager[0], replayed[0])
+            outcome = eager(inputs, targets)
+        return outcome
+
+    def _prove(self, inputs: Tensor, targets: Tensor, before: State, whole: Update) -> tuple[Tensor, Tensor] | None:
+        """Make one update eagerly and once more by replay; return what the replay did, None if it cannot be used."""
+        random, fits = torch.cuda.get_rng_state(), self._graph is not None
+        try:
+            with _waits_refused():  # an invalid capture could not be recovered from
+                wanted = whole(inputs, targets)
+            fits, after = True, self._copies()
+            changes = {kind: _distance(after[kind], before[kind]) for kind in after}
+            if not all(map(math.isfinite, (float(wanted[0]), *changes.values()))):
+                return wanted  # nothing to compare with; the training ends
+            self._put_back(before)
+            if self._graph is None:
+                self._capture(inputs, targets, whole)
+            torch.cuda.set_rng_state(random)
+            found = self._replay(inputs, targets)
+            fault = self._difference(float(wanted[0]), float(found[0]), after, changes)
         except RuntimeError as error:  # CUDA's, of what cannot be captured
-            fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+            fault = _reason(error)
         if fault is None:
             self._proved += 1
-            return replayed
-        self.failed, self._graph = True, None
-        self._put_back(after)
-        torch.cuda.set_rng_state(random_after)
-        self._notice(f"each step's kernels are launched one by one, which is slower: no CUDA graph, {fault}")
-        return eager
+            if self.replays:
+                torch.cuda.empty_cache()  # of the last eager step
+            return found
+        self._forget()
+        release_memory()
+        if fits or fault != LITTLE_MEMORY:  # else the eager step will split the batch: the graph is not to blame
+            self.failed = True
+            self._notice(f"each step's kernels are launched one by one, which is slower: no CUDA graph, {fault}")
+        return None
 
-    def _capture(self, inputs: Tensor, targets: Tensor) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the graph's memory is its own
+    def _capture(self, inputs: Tensor, targets: Tensor, whole: Update) -> None:
+        release_memory()  # the graph's is its own, and nothing may be freed during the capture
         self._inputs, self._targets = inputs.clone(), targets.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._outcome = self._whole(self._inputs, self._targets)
+        # Captures on a stream of its own; the outer context leaves it where PyTorch does not, after an error.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            _waits_refused(),
+        ):
+            self._outcome = whole(self._inputs, self._targets)
         self._graph = graph
 
     def _replay(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,29 +127,56 @@ class StepGraph:
         loss, right = self._outcome
         return loss.clone(), right.clone()  # the next replay overwrites them
 
-    def _changing(self) -> list[Tensor]:
-        return [*self._parameters, *self._others()]
+    def _copies(self) -> State:
+        """Copy the state into the host's memory: the device's may be scarce."""
+        return {kind: [x.detach().to("cpu", copy=True) for x in tensors] for kind, tensors in self._state().items()}
 
     @torch.no_grad()
-    def _copies(self) -> list[Tensor]:
-        return [tensor.detach().clone() for tensor in self._changing()]
+    def _put_back(self, copies: State) -> None:
+        for kind, tensors in self._state().items():
+            for tensor, copy in zip(tensors, copies[kind], strict=True):
+                tensor.copy_(copy)
 
-    @torch.no_grad()
-    def _put_back(self, copies: list[Tensor]) -> None:
-        for tensor, copy in zip(self._changing(), copies, strict=True):
-            tensor.copy_(copy)
-
-    @torch.no_grad()
-    def _difference(self, before: list[Tensor], after: list[Tensor], eager: Tensor, replayed: Tensor) -> str | None:
+    def _difference(self, loss: float, found: float, after: State, changes: Mapping[str, float]) -> str | None:
         """Return how a replay differs from an eager step from the same state; None within the tolerances."""
-        now = self._parameters
-        wanted, error = (
-            float(torch.stack([(a - b).float().norm() for a, b in zip(pair[0], pair[1], strict=False)]).norm())
-            for pair in ((after, before[: len(now)]), (after[: len(now)], now))
-        )
-        loss, other = float(eager), float(replayed)
-        if not abs(loss - other) <= LOSS_TOLERANCE * abs(loss):
-            return f"whose loss was {other:.6g} instead of {loss:.6g}"
-        if not error <= UPDATE_TOLERANCE * wanted:
-            return f"whose update differed by {error:.3g} from one of {wanted:.3g}"
+        if not abs(loss - found) <= LOSS_TOLERANCE * abs(loss):
+            return f"whose loss was {found:.6g} instead of {loss:.6g}"
+        now = self._copies()
+        for kind, wanted in changes.items():
+            error = _distance(after[kind], now[kind])
+            if not error <= CHANGE_TOLERANCE * wanted:
+                return f"whose change of {kind} differed by {error:.3g} from one of {wanted:.3g}"
         return None
+
+
+def release_memory() -> None:
+    """Return to the device what nothing uses, for others or a graph to take."""
+    gc.collect()  # an earlier training may lie in a cycle of references
+    torch.cuda.empty_cache()
+
+
+@contextmanager
+def _waits_refused() -> Iterator[None]:
+    """Let each wait for the device raise a RuntimeError, before it could make a capture invalid."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that not every wait is found
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Return the norm of the difference of two lists of tensors; whole numbers, which only count, are left out."""
+    pairs = zip(one, other, strict=True)
+    return math.hypot(*(float((a - b).double().norm()) for a, b in pairs if a.is_floating_point()))
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return in one line why a step could not be captured: the first error, which the end of a capture hides."""
+    first = error.__context__ or error
+    if isinstance(first, RuntimeError) and is_out_of_memory(first):
+        return LITTLE_MEMORY
+    return (str(first).strip() or type(first).__name__).splitlines()[0]

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from nkat_ray.model.capture import capture_attention, nkat_scalars
 from nkat_ray.train.augment import Mixing, apply, apply_mixing, draw, draw_mixing
 from nkat_ray.train.checkpoint import Weights
 from nkat_ray.train.device import autocast, float32_notice, is_out_of_memory
-from nkat_ray.train.graph import StepGraph
+from nkat_ray.train.graph import StepGraph, release_memory
 from nkat_ray.train.images import ImageSet, TrainingData, in_pixels, normalise
 from nkat_ray.train.optim import (
     Average,
@@ -104,12 +105,7 @@ class Trainer:
         """Return the step as a CUDA graph; None on a CPU."""
         if self.device.type != "cuda":
             return None
-
-        def others() -> list[Tensor]:
-            state = (value for values in self.optimizer.state.values() for value in values.values())
-            return [*self.model.buffers(), *(value for value in state if isinstance(value, Tensor))]
-
-        return StepGraph(self._update, self._update_whole, self.model.parameters(), others, self.notice)
+        return StepGraph(partial(_changing, self.model, self.optimizer), self.notice)
 
     @property
     def scored_model(self) -> nn.Module:
@@ -195,8 +191,10 @@ class Trainer:
         inputs, targets = apply_mixing(inputs, batch.targets, batch.mixing)
         set_rate(self.optimizer, self._lr(step))
         whole = len(inputs) == self.config.batch_size == self._part_size
-        update = self._graph.step if whole and self._graph is not None else self._update
-        loss, self._right = update(inputs, targets)
+        if whole and self._graph is not None:
+            loss, self._right = self._graph.step(inputs, targets, eager=self._update, whole=self._update_whole)
+        else:
+            loss, self._right = self._update(inputs, targets)
         if self.ema is not None:
             self.ema.update(step)
         return loss
@@ -209,8 +207,7 @@ class Trainer:
 
     def _update_whole(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Make one update with a batch that fits into memory; never waits for the device."""
-        self.optimizer.zero_grad(set_to_none=True)
-        outcome = self._backward(inputs, targets)
+        outcome = self._backward(inputs, targets, len(inputs))
         self._descend()
         return outcome
 
@@ -230,9 +227,8 @@ class Trainer:
             torch.OutOfMemoryError: not even one image fits.
         """
         while True:
-            self.optimizer.zero_grad(set_to_none=True)
             try:
-                return self._backward(inputs, targets)
+                return self._backward(inputs, targets, self._part_size)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -246,7 +242,7 @@ class Trainer:
     def _halve(self, batch: int) -> None:
         self._part_size = (self._part_size + 1) // 2
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            release_memory()
         if self._part_size >= self._smallest_part:
             return  # an earlier epoch's notice has said so
         self._smallest_part = self._part_size
@@ -256,10 +252,11 @@ class Trainer:
             f"epoch{'; BatchNorm sees each part alone, so scores differ from those of whole batches' * batch_norm}"
         )
 
-    def _backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _backward(self, inputs: Tensor, targets: Tensor, part_size: int) -> tuple[Tensor, Tensor]:
         """Add up the gradients of the batch's parts; return the batch's mean loss and number of correct predictions."""
+        self.optimizer.zero_grad(set_to_none=True)
         total, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for part, wanted in zip(inputs.split(self._part_size), targets.split(self._part_size), strict=True):
+        for part, wanted in zip(inputs.split(part_size), targets.split(part_size), strict=True):
             with autocast(self.device):
                 logits = self.model(part)
             loss = F.cross_entropy(logits.float(), wanted, label_smoothing=self.config.label_smoothing)
@@ -341,6 +338,16 @@ class Trainer:
             seed=self.seed,
             tensors=self.scored_model.state_dict(),
         )
+
+
+def _changing(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
+    """Return the tensors that an update changes, by kind."""
+    kinds: dict[str, list[Tensor]] = {"weights": list(model.parameters()), "buffers": list(model.buffers())}
+    for state in optimizer.state.values():
+        for kind, value in state.items():
+            if isinstance(value, Tensor):
+                kinds.setdefault(kind, []).append(value)
+    return kinds
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ class FakeGraph:
     """Replays by running what was captured once more."""
 
     replay: Callable[[], None]
+    capturing = False
+    error_at_end: str | None = None  # raised at the end of a capture in which something else was raised
 
 
 class Training:
@@ -32,10 +34,15 @@ class Training:
         self.eager_steps = 0
         self.outcome = (torch.zeros(()), torch.zeros(()))
         self.spoil: Callable[[], None] = lambda: None  # happens in replays alone
-        self.graph = StepGraph(self.eager, self.whole, self.model.parameters(), self.others, self.notices.append)
+        self.hinder: Callable[[bool], None] = lambda capturing: None  # happens in steps of a whole batch
+        self.graph = StepGraph(self.state, self.notices.append)
 
-    def others(self) -> list[Tensor]:
-        return [state["momentum_buffer"] for state in self.optimizer.state.values()]
+    def state(self) -> dict[str, list[Tensor]]:
+        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
+        return {"weights": list(self.model.parameters()), "momentum": momenta}
+
+    def step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.graph.step(inputs, targets, eager=self.eager, whole=self.whole)
 
     def eager(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         self.eager_steps += 1
@@ -49,7 +56,10 @@ class Training:
         return loss.detach(), torch.tensor(len(inputs))
 
     def whole(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Capture: nothing is computed until the replay."""
+        """Make an update; in a capture nothing is computed until the replay."""
+        self.hinder(graph.capturing)
+        if not graph.capturing:
+            return self.update(inputs, targets)
         graph.replay = lambda: self.replay(inputs, targets)
         return self.outcome
 
@@ -69,13 +79,27 @@ graph = FakeGraph()
 @pytest.fixture(autouse=True)
 def _cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
-    def capturing(_: Any) -> Iterator[None]:
-        yield
+    def capturing(_: Any, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        graph.capturing = True
+        try:
+            yield
+        except RuntimeError:
+            if graph.error_at_end is None:
+                raise
+            raise RuntimeError(graph.error_at_end)  # noqa: B904  # as PyTorch raises it
+        finally:
+            graph.capturing = False
 
+    mode = {"now": 0}
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode["now"])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda value: mode.update(now=value))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(graph, "error_at_end", None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
     monkeypatch.setattr(torch.cuda, "set_rng_state", torch.set_rng_state)
 
@@ -83,7 +107,7 @@ def _cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(steps: int, *, graphed: bool = True, training: Training | None = None) -> tuple[Training, list[float]]:
     training = training or Training()
     torch.manual_seed(1)
-    step = training.graph.step if graphed else training.eager
+    step = training.step if graphed else training.eager
     return training, [float(step(BATCH + number, TARGETS)[0]) for number in range(steps)]
 
 
@@ -92,14 +116,14 @@ def test_replayed_steps_are_eager_ones() -> None:
     replayed, found = trained(12)
     assert found == losses
     assert torch.equal(replayed.weights(), expected.weights())
-    assert replayed.eager_steps == EAGER_STEPS + PROVED_STEPS
+    assert replayed.eager_steps == EAGER_STEPS
     assert replayed.graph.replays
     assert replayed.notices == []
 
 
 def test_what_a_step_returns_outlives_the_next_one() -> None:
     training = Training()
-    outcomes = [training.graph.step(BATCH + number, TARGETS) for number in range(10)]
+    outcomes = [training.step(BATCH + number, TARGETS) for number in range(10)]
     assert len({float(loss) for loss, _ in outcomes}) == 10
     assert all(int(right) == len(BATCH) for _, right in outcomes)
 
@@ -109,8 +133,9 @@ def test_what_a_step_returns_outlives_the_next_one() -> None:
     [
         (lambda t: t.outcome[0].add_(1.0), "whose loss was"),
         (lambda t: t.outcome[0].fill_(math.nan), "whose loss was nan"),
-        (lambda t: t.model.weight.data.add_(0.5), "whose update differed by"),
-        (lambda t: t.model.weight.data.fill_(math.nan), "whose update differed by nan"),
+        (lambda t: t.model.weight.data.add_(0.5), "whose change of weights differed by"),
+        (lambda t: t.model.weight.data.fill_(math.nan), "whose change of weights differed by nan"),
+        (lambda t: t.state()["momentum"][0].mul_(1.5), "whose change of momentum differed by"),
     ],
 )
 @pytest.mark.parametrize("replay", range(PROVED_STEPS))
@@ -124,6 +149,7 @@ def test_a_replay_that_differs_leaves_the_eager_training(
     assert found == losses
     assert torch.equal(training.weights(), expected.weights())
     assert training.graph.failed
+    assert training.graph._inputs.numel() == training.graph._outcome[0].numel() == 0
     (notice,) = training.notices
     assert f"no CUDA graph, {reason}" in notice
 
@@ -142,10 +168,74 @@ def test_a_capture_that_fails_leaves_the_eager_training(monkeypatch: pytest.Monk
     assert "\n" not in notice
 
 
+def hindered(error: RuntimeError, when: Callable[[bool, int], bool], steps: int = 12) -> Training:
+    """Train while steps of a whole batch raise an error in some captures or passes; the result is the eager one's."""
+    expected, losses = trained(steps, graphed=False)
+    training, passes = Training(), iter(range(100))
+
+    def hinder(capturing: bool) -> None:
+        if when(capturing, next(passes)):
+            training.model.weight.data.add_(1.0)  # an update that was broken off
+            raise error
+
+    training.hinder = hinder
+    _, found = trained(steps, training=training)
+    assert found == losses
+    assert torch.equal(training.weights(), expected.weights())
+    assert torch.cuda.get_sync_debug_mode() == 0
+    return training
+
+
+def test_a_wait_is_found_before_the_capture() -> None:
+    modes = []
+    training = hindered(
+        RuntimeError("called a synchronizing CUDA operation"),
+        lambda capturing, _: modes.append((capturing, torch.cuda.get_sync_debug_mode())) or True,  # type: ignore[func-returns-value]
+    )
+    assert modes == [(False, "error")]
+    assert "no CUDA graph, called a synchronizing CUDA operation" in training.notices[0]
+
+
+def test_the_end_of_a_capture_hides_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "error_at_end", "capture invalidated")
+    training = hindered(RuntimeError("the reason\nmore lines"), lambda capturing, _: capturing)
+    (notice,) = training.notices
+    assert notice.endswith("no CUDA graph, the reason")
+
+
+@pytest.mark.parametrize(
+    "when",
+    [lambda capturing, _: capturing, lambda capturing, number: number == 2 and not capturing],
+    ids=["in the capture", "in the step beside the graph"],
+)
+def test_too_little_memory_for_a_graph_leaves_the_eager_training(when: Callable[[bool, int], bool]) -> None:
+    training = hindered(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), when)
+    assert training.graph.failed
+    (notice,) = training.notices
+    assert notice.endswith("no CUDA graph, too little memory")
+
+
+def test_a_batch_that_no_longer_fits_is_not_the_graphs_fault() -> None:
+    """The eager step splits it; the graph is tried again."""
+    training = hindered(torch.OutOfMemoryError("CUDA out of memory."), lambda _, number: number < 2)
+    assert training.graph.replays
+    assert training.notices == []
+
+
 def test_a_loss_that_is_not_finite_proves_nothing() -> None:
     training, _ = trained(EAGER_STEPS)
-    loss, _ = training.graph.step(BATCH * math.inf, TARGETS)
+    loss, _ = training.step(BATCH * math.inf, TARGETS)
     assert not loss.isfinite()
+    assert not training.graph.failed
+    assert not training.graph.replays
+    assert training.notices == []
+
+
+def test_a_change_that_is_not_finite_proves_nothing() -> None:
+    training, _ = trained(EAGER_STEPS)
+    training.optimizer.param_groups[0]["lr"] = math.inf
+    loss, _ = training.step(BATCH, TARGETS)
+    assert loss.isfinite()
     assert not training.graph.failed
     assert not training.graph.replays
     assert training.notices == []
