@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -262,6 +263,21 @@ def test_laptop_keeps_the_notes_gate_and_has_the_lowest_lambda() -> None:
     run = RunConfig.from_preset("laptop")
     assert (run.space, run.gate, run.lambda_model, run.train_images) == ("laptop", 0.60, "notes", None)
     assert lambda_notes(run.conv_stem, run.embed_dim) == 20  # so that the gate asks for the least accuracy, 0.793
+
+
+@pytest.mark.slow
+def test_quick_reaches_what_it_promises(tmp_path: Path) -> None:
+    """Run the README's first command on real images; a survivor is scored on all test images of the four datasets."""
+    command = [sys.executable, "tune_round2.py", "--preset", "quick", "--name", "r", "--storage_path", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert 0 < len(summary["survivors"]) < summary["n_trials"] == 6  # the gate is between the trials
+    rows = pq.read_table(tmp_path / "r" / "stage2.parquet").to_pylist()
+    accuracy = {row["dataset"]: row["test_accuracy"] for row in rows if row["trial"] == summary["winner"]["trial"]}
+    least = {"mnist": 0.95, "fashion_mnist": 0.80, "emnist_letters": 0.80, "cifar10": 0.50}
+    assert {name: value for name, value in accuracy.items() if not value >= least[name]} == {}
+    assert set(accuracy) == set(least)
+    assert summary["winner"]["global_tpe"] > 0.53  # the notes' result before Round-2
 
 
 def test_a_preset_can_be_overridden_and_is_checked_again() -> None:
