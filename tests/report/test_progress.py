@@ -150,7 +150,7 @@ def test_the_display_is_never_blank() -> None:
         assert re.search(r"trial 0 .*small p4 64x4 +starting", frame(progress))
         assert "starting workers" not in frame(progress)
         progress.on_epoch(0, result(1))
-        assert re.search(r"trial 0 .*1/12 epochs +small p2 64x4 +accuracy 0.300  TPE 0.200", frame(progress))
+        assert re.search(r"trial 0 .*1/12 epochs +small p4 64x4 +accuracy 0.300  TPE 0.200", frame(progress))
         assert "passed" not in frame(progress)
         progress.on_survivor(0)
         assert "passed" in frame(progress)
