@@ -17,6 +17,7 @@ from typing import Final
 from filelock import FileLock, Timeout
 
 from nkat_ray.errors import UserError
+from nkat_ray.fields import place_fault
 from nkat_ray.files import is_own
 
 PREFIX: Final = "nkat-"
@@ -53,6 +54,8 @@ def _unfit(place: Path) -> str | None:
     """Return why Ray cannot use a folder; None if it can."""
     if len(os.fsencode(place)) > LONGEST_PLACE and sys.platform != "win32":  # Ray uses no such sockets on Windows
         return f"has {len(os.fsencode(place))} bytes"
+    if fault := place_fault(str(place)):
+        return fault.removeprefix("it ")
     try:
         tempfile.TemporaryDirectory(dir=place).cleanup()
     except OSError as error:
