@@ -35,8 +35,11 @@ def place_for_ray() -> Path:
     $RAY_TMPDIR if it is set, else the first of $TMPDIR, /tmp and /var/tmp that is writable and short enough.
 
     Raises:
-        UserError: there is none; states the reason for each.
+        UserError: there is none (states the reason for each), or Ray cannot start in the current folder.
     """
+    here = str(Path.cwd())
+    if fault := place_fault(here):
+        raise UserError(f"the current folder is {here!r}; {fault}")
     typed = os.environ.get("RAY_TMPDIR")
     places = [typed] if typed else list(dict.fromkeys([tempfile.gettempdir(), *USUAL_PLACES]))
     reasons = {place: _unfit(Path(place)) for place in places}

@@ -21,7 +21,7 @@ from nkat_ray.config import (
     TrialConfig,
     field_names,
 )
-from nkat_ray.cost import CHECKPOINT_BYTES, GIB, cpu_bytes, epoch_flops, least_epochs, parameter_estimate, peak_bytes
+from nkat_ray.cost import CHECKPOINT_BYTES, GIB, cpu_bytes, epoch_flops, least_epochs, peak_bytes, stored_parameters
 from nkat_ray.data.catalogue import find_datasets
 from nkat_ray.data.selection import validation_size
 from nkat_ray.data.spec import KNOWN
@@ -43,7 +43,7 @@ PROBE_EPOCHS: Final = 3  # on a GPU, where the first one warms up
 START_S: Final = 30.0  # from the command to the first step: Ray, images, processes
 SLOWER: Final = 1.6  # training time / time of the probe: augmentation, optimizer, a busy machine
 MOST_NAMED: Final = 8  # largest number of searched parameters that are listed without --verbose
-KEPT_CHECKPOINTS: Final = 2  # per running trial
+KEPT_CHECKPOINTS: Final = 2  # per trial that runs or passed the gate
 WEIGHT_BYTES: Final = 4  # per parameter
 PAGES_BYTES: Final = 8e6  # report.html, with plotly in it, and TensorBoard's pictures
 TRIAL_BYTES: Final = 1e5  # curves of a trial in the journal, the tables and TensorBoard
@@ -156,10 +156,10 @@ def stage2_time(run: RunConfig, configs: Sequence[TrialConfig], *, at_a_time: in
 
 def disk(run: RunConfig, configs: Sequence[TrialConfig], *, at_a_time: int) -> str:
     """Estimate the most disk space that a run needs in its storage path; return it with the free space there."""
-    survivors, running = run.num_samples, KEPT_CHECKPOINTS * at_a_time  # survivors: at most
-    weights = survivors * len(run.datasets) + 2  # Stage 2's, and those of best/
-    per_parameter = (survivors + running) * CHECKPOINT_BYTES + weights * WEIGHT_BYTES
-    total = max(map(parameter_estimate, configs)) * per_parameter + PAGES_BYTES + run.num_samples * TRIAL_BYTES
+    checkpoints = KEPT_CHECKPOINTS * run.num_samples + at_a_time  # if all pass; one more while a trial writes it
+    weights = len(run.datasets) * run.num_samples + 2  # Stage 2's, and those of best/
+    per_parameter = CHECKPOINT_BYTES * checkpoints + WEIGHT_BYTES * weights
+    total = per_parameter * max(map(stored_parameters, configs)) + PAGES_BYTES + TRIAL_BYTES * run.num_samples
     text = f"at most {total / 1e9:.2g} GB below {run.storage_path}"
     if is_uri(run.storage_path):
         return text

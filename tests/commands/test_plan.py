@@ -14,7 +14,7 @@ from nkat_ray.cluster.resources import Cluster, Node
 from nkat_ray.commands import plan
 from nkat_ray.commands.tune import read
 from nkat_ray.config import EXPECTED, PRESETS, RunConfig, TrialConfig
-from nkat_ray.cost import epoch_flops, least_epochs, parameter_estimate
+from nkat_ray.cost import epoch_flops, least_epochs, stored_parameters
 from nkat_ray.errors import UserError
 from nkat_ray.report.wording import spoken_time
 from nkat_ray.space import corner_configs, space_of
@@ -254,8 +254,8 @@ def test_the_disk_holds_checkpoints_stage_2_and_the_pages(tmp_path: Path) -> Non
     """test_tune.py compares the figure with the folder of a run."""
     run = RunConfig(num_samples=10, storage_path=str(tmp_path))
     configs = [TrialConfig(embed_dim=64), TrialConfig(embed_dim=384)]
-    parameters = parameter_estimate(configs[1])  # of the larger one
-    checkpoints, weights = 10 + 2 * 3, 10 * 4 + 2  # survivors and running trials; datasets, and best/
+    parameters = stored_parameters(configs[1])  # of the larger one
+    checkpoints, weights = 2 * 10 + 3, 4 * 10 + 2  # two a survivor, one being written by each; datasets, and best/
     total = parameters * (20 * checkpoints + 4 * weights) + 8e6 + 10 * 1e5
     found = re.fullmatch(r"at most (\S+) GB below (\S+); (\S+) GB are free", plan.disk(run, configs, at_a_time=3))
     assert found
