@@ -51,7 +51,6 @@ def test_a_bad_flag_is_refused_in_one_line_and_nothing_is_written(flags, said, t
     assert not list(tmp_path.iterdir())
 
 
-# Reported in Textualize/rich#826, httpie/cli#1008
 @pytest.mark.parametrize(
     ("here", "words", "said"),
     [

@@ -225,7 +225,7 @@ def test_a_file_where_the_runs_should_be_is_refused_as_by_a_run(
     assert said.count("\n") == 1
 
 
-# Reported in embeddings-benchmark/mteb#17
+# Reported in embeddings-benchmark/mteb#17, stanford-crfm/helm#289
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

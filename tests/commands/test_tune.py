@@ -104,7 +104,8 @@ def test_a_run_takes_no_more_disk_than_its_plan_says(whole):
     assert taken <= planned_gb * 1e9 <= 5 * taken
 
 
-# Reported in safetensors/safetensors#782, huggingface/sentence-transformers#4010; Textualize/rich#826, httpie/cli#1008
+# Reported in safetensors/safetensors#782, huggingface/sentence-transformers#4010
+# Reported in Textualize/rich#826, httpie/cli#1008, Aider-AI/aider#4582
 @pytest.mark.parametrize(
     ("umask", "environment", "shown"),
     [

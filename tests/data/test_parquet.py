@@ -178,6 +178,7 @@ def test_a_file_cut_short_is_damaged(tmp_path, write_file, keep):
         decoded(path)
 
 
+# Reported in duckdb/duckdb#22399, apache/arrow#30797
 @pytest.mark.parametrize("encoding", ["raw", "png"])
 def test_zeros_amid_a_file_are_damage(tmp_path, encoding):
     """As a copy leaves them that was cut off; compressed or not, raw pixels would still be pixels."""
