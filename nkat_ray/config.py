@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from nkat_ray.errors import UserError
-from nkat_ray.fields import Checked, NoneWord, Range, field_types
+from nkat_ray.fields import Checked, NoneWord, Place, Range, field_types
 from nkat_ray.metrics import STAGE2_DATASETS
 
 T = TypeVar("T")
@@ -241,16 +241,6 @@ class Stage2Config(Checked):
         return math.ceil(self.transfer_epochs * max(1.0, least / images))
 
 
-def refuse_empty_storage_path(config: Checked, storage_path: str) -> None:
-    """Refuse a storage path without a character, which would be the current folder.
-
-    Raises:
-        UserError: it is empty.
-    """
-    if not storage_path.strip():
-        config.refuse("storage_path", "give a folder or a bucket URI")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TrialConfig, DataConfig, ClusterConfig, Stage2Config, ScreenConfig):
     """One search from Stage 1 to the report.
@@ -263,7 +253,7 @@ class RunConfig(TrialConfig, DataConfig, ClusterConfig, Stage2Config, ScreenConf
     on a GPU and reaches the target, round2 is the search of the notes. --dry_run says what to expect of each."""
     name: str | None = None
     """Name of the run's folder. Default: <preset>-<UTC time>."""
-    storage_path: str = dataclasses.field(default_factory=default_storage_path)
+    storage_path: Annotated[str, Place()] = dataclasses.field(default_factory=default_storage_path)
     """Folder or bucket URI for runs. Every node must be able to write it. Default: $NKAT_STORAGE_PATH, else ./runs."""
     seed: Seed = 0
     """Seed of everything that is drawn. A trial's own seed follows from it and the trial's number."""
@@ -278,7 +268,7 @@ class RunConfig(TrialConfig, DataConfig, ClusterConfig, Stage2Config, ScreenConf
     """Number of trials."""
     sampler: Sampler = "tpe"
     """Optuna's sampler. gp is the one with Gaussian processes."""
-    warm_start: str | None = None
+    warm_start: Annotated[str | None, Place()] = None
     """Earlier run to learn from. Give its name under storage_path, or its folder."""
     feedback: Feedback = "off"
     """global: the sampler learns the Global TPE. Each survivor is validated on all datasets as soon as it passes."""
@@ -311,9 +301,6 @@ class RunConfig(TrialConfig, DataConfig, ClusterConfig, Stage2Config, ScreenConf
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_name()
-        refuse_empty_storage_path(self, self.storage_path)
-        if self.warm_start is not None and not self.warm_start.strip():
-            self.refuse("warm_start", "give an earlier run's name or folder")
         if self.grace > self.epochs:
             self.refuse("grace", f"allowed: 1..{self.epochs} (at most epochs)")
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nkat_ray.cluster.address import Address, choose_address, head_config, refuse_unreachable
 from nkat_ray.cluster.gpus import apple_gpus_unused, ask_gpus, known_gpus, this_machines_nodes, try_local_gpus
 from nkat_ray.cluster.local import ensure_token, own_folder, place_for_ray
-from nkat_ray.cluster.resources import Cluster, Share, cluster_of, refuse_oversized
+from nkat_ray.cluster.resources import Cluster, cluster_of
 from nkat_ray.errors import UserError, one_line
 
 HEAD_RESOURCE: Final = "node:__internal_head__"  # a resource that only the head has
@@ -195,17 +195,6 @@ def planned_cluster(address: str | None, gpus_per_trial: float | None = None) ->
     nodes = this_machines_nodes()
     found = {} if gpus_per_trial == 0 else try_local_gpus(nodes)
     return cluster_of(nodes, known_gpus(nodes, found))
-
-
-def refuse_infeasible(shares: Iterable[Share]) -> None:
-    """Refuse a request for resources that no node has, including nodes that may still start.
-
-    Raises:
-        UserError: states the request and the resources of the largest node.
-    """
-    nodes = all_nodes()
-    for share in set(shares):
-        refuse_oversized(share, nodes)
 
 
 def nodes_without(path: Path) -> list[str]:

@@ -6,7 +6,7 @@ are few distinct shares, because Ray reuses a worker process only for trials wit
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Final
@@ -328,24 +328,19 @@ def choose_kind(run: RunConfig, cluster: Cluster, busy: Mapping[str, int]) -> st
     return min(fit, key=taken)
 
 
-def refuse_oversized(share: Share, nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a request that no node can satisfy, for which Ray would wait forever without a message.
-
-    Args:
-        share: resources of a trial.
-        nodes: as `ray.nodes()` lists them.
+def refuse_oversized(shares: Iterable[Share], cluster: Cluster) -> None:
+    """Refuse a trial that no node has room for, now or later; Ray would wait forever without a message.
 
     Raises:
-        UserError: states the request and the resources of the largest node.
+        UserError: states what the trial needs and the resources of the largest node.
     """
-    alive = alive_resources(nodes)
-    if any(node.get("CPU", 0) >= share.cpus and node.get("GPU", 0) >= share.gpus for node in alive):
-        return
-    cpus, gpus = (max(node.get(kind, 0) for node in alive) for kind in ("CPU", "GPU"))
-    raise UserError(
-        f"a trial needs {share.cpus} CPU and {share.gpus:g} GPU; the largest node has {cpus:g} CPU and {gpus:g} "
-        "GPU; choose a smaller --cpus_per_trial or --gpus_per_trial"
-    )
+    cpus, gpus = (max(getattr(node, kind) for node in cluster.nodes) for kind in ("cpus", "gpus"))
+    for share in shares:
+        if not any(node.cpus >= share.cpus and node.gpus >= share.gpus for node in cluster.nodes):
+            raise UserError(
+                f"a trial needs {share.cpus} CPU and {share.gpus:g} GPU; the largest node has {cpus:g} CPU and "
+                f"{gpus:g} GPU; choose a smaller --cpus_per_trial or --gpus_per_trial"
+            )
 
 
 def cluster_of(nodes: Sequence[Mapping[str, Any]], gpus: Mapping[str, Gpu]) -> Cluster:

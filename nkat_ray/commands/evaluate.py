@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from nkat_ray.cluster.resources import trial_share
+from nkat_ray.cluster.resources import refuse_oversized, trial_share
 from nkat_ray.config import (
     ClusterConfig,
     DataConfig,
@@ -174,7 +174,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
         UserError: the target is neither a run nor a model, or has no trial to evaluate; or a dataset is missing or
             differs from the run's.
     """
-    from nkat_ray.cluster.connect import connected, describe_cluster, refuse_infeasible
+    from nkat_ray.cluster.connect import connected, describe_cluster
     from nkat_ray.search.vault import open_vault
     from nkat_ray.stage2.stage2 import Stage2
     from nkat_ray.stage2.survivor import model_survivor, survivor_of
@@ -195,7 +195,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
         survivors = [survivor_of(record, run, cluster) for record in records] or [
             model_survivor(config.target, trial_share(run.trial, run, cluster))
         ]
-        refuse_infeasible(survivor.share for survivor in survivors)
+        refuse_oversized((survivor.share for survivor in survivors), cluster)
         out.mkdir(parents=True)
         tables.write_json(out / CONFIG_FILE, {**dataclasses.asdict(config), "notices": notices})
         journal = Journal(out)

@@ -52,8 +52,8 @@ def recalculate(config: EvaluateConfig, screen: Screen) -> int:
     Raises:
         UserError: the target is not a run with a winner, or its folder `official` holds another recalculation.
     """
-    from nkat_ray.cluster.connect import connected, describe_cluster, refuse_infeasible
-    from nkat_ray.cluster.resources import trial_share
+    from nkat_ray.cluster.connect import connected, describe_cluster
+    from nkat_ray.cluster.resources import refuse_oversized, trial_share
     from nkat_ray.search.searcher import trial_seed
 
     run = official_run(config)
@@ -65,7 +65,7 @@ def recalculate(config: EvaluateConfig, screen: Screen) -> int:
     seeds = {number: trial_seed(run.seed, FIRST_SEED + number) for number in range(config.seeds)}
     with screen.entering("starting Ray", connected(run.address, verbose=run.verbose)):
         cluster = describe_cluster(run.gpus_per_trial)
-        refuse_infeasible([trial_share(run.trial, run, cluster)])
+        refuse_oversized([trial_share(run.trial, run, cluster)], cluster)
         journal = _open_journal(out, config)
         context = Run(config=run, domains={}, datasets=datasets, storage=RunStorage(out, None), journal=journal)
         try:

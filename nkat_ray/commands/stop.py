@@ -7,7 +7,7 @@ from typing import Annotated
 
 from nkat_ray.config import ScreenConfig
 from nkat_ray.errors import DONE, UserError
-from nkat_ray.fields import Positional, Range
+from nkat_ray.fields import Place, Positional, Range
 from nkat_ray.files import CONFIG_FILE
 from nkat_ray.flags import Program
 from nkat_ray.record.journal import read_state
@@ -20,7 +20,7 @@ from nkat_ray.report.terminal import Screen, screen_of
 class StopConfig(ScreenConfig):
     """Which trial ends."""
 
-    run: Annotated[str, Positional()]
+    run: Annotated[str, Positional(), Place()]
     """Folder or bucket URI of the run. A run in a bucket is stopped on the machine of its driver."""
     trial: Annotated[int, Positional(), Range(ge=0)]
     """Number of the trial."""

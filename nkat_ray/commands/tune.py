@@ -233,8 +233,8 @@ def _connected(prepared: Prepared, interruption: Interruption, screen: Screen) -
         UserError: there is no cluster at the address, PyTorch cannot use a GPU that Ray offers, a trial fits no
             node, or a node does not see the storage path.
     """
-    from nkat_ray.cluster.connect import connected, describe_cluster, nodes_without, refuse_infeasible
-    from nkat_ray.cluster.resources import trial_share
+    from nkat_ray.cluster.connect import connected, describe_cluster, nodes_without
+    from nkat_ray.cluster.resources import refuse_oversized, trial_share
 
     config, storage = prepared.config, prepared.storage
     with screen.entering("starting Ray", connected(config.address, verbose=config.verbose)) as where:
@@ -246,7 +246,7 @@ def _connected(prepared: Prepared, interruption: Interruption, screen: Screen) -
             )
         cluster = describe_cluster(config.gpus_per_trial)
         corners = corner_configs(config, prepared.space.domains)
-        refuse_infeasible(trial_share(trial, config, cluster) for trial in corners)
+        refuse_oversized((trial_share(trial, config, cluster) for trial in corners), cluster)
         yield where, cluster
 
 

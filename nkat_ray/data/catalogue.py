@@ -47,6 +47,19 @@ def dataset_table(config: DataConfig) -> list[DatasetRow]:
     return rows
 
 
+def find_datasets(config: DataConfig, names: Sequence[str]) -> list[DatasetRow]:
+    """Look for datasets by name where a run does; read headers only.
+
+    Raises:
+        DataError: the data folder does not exist.
+    """
+    if config.data == "synthetic":
+        suite = f"the synthetic suite has only {', '.join(KNOWN)}"
+        return [DatasetRow(name, "present" if name in KNOWN else "missing", suite) for name in names]
+    folder = _folder(config)
+    return [_peek(name, folder) for name in names]
+
+
 def verify(config: DataConfig, names: Sequence[str] = (), *, notice: Notice = lambda _: None) -> list[DatasetRow]:
     """Check datasets again, regardless of earlier results.
 

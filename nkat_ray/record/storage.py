@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from nkat_ray.data.cache import user_cache
 from nkat_ray.errors import UserError
+from nkat_ray.fields import place_fault
 from nkat_ray.files import CONFIG_FILE, JOURNAL_FILE, is_own, nearest_existing
 
 LOCK_FILE = "driver.lock"
@@ -167,9 +168,16 @@ def existing_folder(storage_path: str) -> Path:
     """Return the folder that a storage path names, or the nearest one above it that exists.
 
     Raises:
-        UserError: a file is in the way.
+        UserError: a file is in the way, or a name is too long or not in UTF-8.
     """
-    existing = nearest_existing(Path(storage_path).expanduser().absolute())
+    try:
+        path = Path(storage_path).expanduser().absolute()  # the current folder has names, too
+        existing = nearest_existing(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home of that user
+        fault = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"storage_path is {storage_path!r}; {fault}; choose another --storage_path") from error
+    if fault := place_fault(str(path)):
+        raise UserError(f"storage_path is {storage_path!r}, {str(path)!r}; {fault}")
     if not existing.is_dir():
         raise UserError(f"storage_path is {storage_path!r}; {existing} is no folder; choose another --storage_path")
     return existing
