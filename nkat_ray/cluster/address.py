@@ -27,15 +27,10 @@ LEAVE_OUT: Final = "or leave it out for a local instance"
 
 @dataclass(frozen=True)
 class Address:
-    """The address of a Ray instance.
+    """The address of a Ray instance."""
 
-    Attributes:
-        value: `local`, `auto` or HOST:PORT.
-        source: origin of the value, e.g. `--address`.
-    """
-
-    value: str
-    source: str
+    value: str  # `local`, `auto` or HOST:PORT
+    source: str  # origin of the value, e.g. `--address`
 
     @property
     def phrase(self) -> str:

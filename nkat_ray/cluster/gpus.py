@@ -25,21 +25,13 @@ MPS_PIPE: Final = "CUDA_MPS_PIPE_DIRECTORY"
 
 @dataclass(frozen=True, kw_only=True)
 class GpuFacts:
-    """The result of testing one GPU.
+    """The result of testing one GPU."""
 
-    Attributes:
-        name: torch's name for it, which also identifies a MIG slice.
-        memory_bytes: memory; 0 if unknown.
-        processors: number of streaming multiprocessors; 0 if unknown.
-        fault: why torch cannot use it; None if torch can, or if it is busy.
-        busy: whether another process uses it, so that torch could not be tested.
-    """
-
-    name: str = ""
-    memory_bytes: int = 0
-    processors: int = 0
-    fault: str | None = None
-    busy: bool = False
+    name: str = ""  # torch's name for it, which also identifies a MIG slice
+    memory_bytes: int = 0  # 0 if unknown
+    processors: int = 0  # number of streaming multiprocessors; 0 if unknown
+    fault: str | None = None  # why torch cannot use it; None if torch can, or if it is busy
+    busy: bool = False  # whether another process uses it, so that torch could not be tested
 
 
 def try_gpu(index: int = 0) -> GpuFacts:

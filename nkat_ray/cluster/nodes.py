@@ -31,57 +31,36 @@ MARKER: Final = "marker"
 
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """One file system that a run on a node writes to.
+    """One file system that a run on a node writes to."""
 
-    Attributes:
-        purpose: contents that a run writes there.
-        path: the folder.
-        free_bytes: free space.
-        total_bytes: size of the file system.
-    """
-
-    purpose: str
+    purpose: str  # contents that a run writes there
     path: str
     free_bytes: int
-    total_bytes: int
+    total_bytes: int  # size of the file system
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFacts:
-    """Facts about one node, or the error that prevented its answer.
+    """Facts about one node, or the error that prevented its answer."""
 
-    Attributes:
-        name: host name, as Ray reports it.
-        error: error of the node; the other attributes are then empty. None if it answered.
-        python: version of Python.
-        versions: package and version (`-` if it is missing), and a digest of this package's own code.
-        ray_gpus: number of GPUs that Ray offers.
-        gpus: test results of these GPUs; empty if they were not tested.
-        driver_gpus: number of GPUs that the NVIDIA driver reports.
-        mps: whether NVIDIA's multi-process service runs.
-        disks: file systems that a run writes to.
-        store_bytes: size of the object store.
-        shared_memory_bytes: size of /dev/shm, which contains the store if it fits; None without /dev/shm.
-        skew_s: least difference of the node's clock from this process's, in seconds.
-        token: whether its processes require the cluster's token.
-        dashboard: addresses, except loopback, on which the dashboard's port is open; None if unknown.
-        storage_error: why the node cannot use the storage path; None if it reads this process's file and writes one.
-    """
-
-    name: str
-    error: str | None = None
-    python: str = ""
+    name: str  # host name, as Ray reports it
+    error: str | None = None  # error of the node; the other attributes are then empty. None if it answered
+    python: str = ""  # version of Python
+    # package and version (`-` if it is missing), and a digest of this package's own code
     versions: tuple[tuple[str, str], ...] = ()
-    ray_gpus: float = 0.0
-    gpus: tuple[GpuFacts, ...] = ()
-    driver_gpus: int = 0
+    ray_gpus: float = 0.0  # number of GPUs that Ray offers
+    gpus: tuple[GpuFacts, ...] = ()  # test results of these GPUs; empty if they were not tested
+    driver_gpus: int = 0  # number of GPUs that the NVIDIA driver reports
     mps: bool = False
-    disks: tuple[Disk, ...] = ()
+    disks: tuple[Disk, ...] = ()  # file systems that a run writes to
     store_bytes: int = 0
+    # size of /dev/shm, which contains the store if it fits; None without /dev/shm
     shared_memory_bytes: int | None = None
-    skew_s: float = 0.0
-    token: bool = False
+    skew_s: float = 0.0  # least difference of the node's clock from this process's, in seconds
+    token: bool = False  # whether its processes require the cluster's token
+    # addresses, except loopback, on which the dashboard's port is open; None if unknown
     dashboard: tuple[str, ...] | None = ()
+    # why the node cannot use the storage path; None if it reads this process's file and writes one
     storage_error: str | None = None
 
 

@@ -79,8 +79,7 @@ class Check:
 
     name: str
     ok: bool
-    detail: str
-    """What was found; for a fault also the node and what to do."""
+    detail: str  # what was found; for a fault also the node and what to do
 
 
 def doctor(config: DoctorConfig, screen: Screen) -> int:

@@ -56,8 +56,7 @@ class Prepared:
     storage: RunStorage
     earlier: Earlier
     began_s: float
-    extended_from: int | None = None
-    """Trials that the run had when it was to end; None unless --resume adds some."""
+    extended_from: int | None = None  # trials that the run had when it was to end; None unless --resume adds some
 
 
 FREE_ON_RESUME = (  # may differ

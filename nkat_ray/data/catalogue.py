@@ -25,8 +25,7 @@ class DatasetRow:
 
     name: str
     state: State
-    where: str
-    """Location and source, or the reason why it is missing or damaged."""
+    where: str  # location and source, or the reason why it is missing or damaged
     classes: int | None = None
     train: int | None = None
     test: int | None = None

@@ -25,14 +25,11 @@ class ImportSummary:
     name: str
     class_names: tuple[str, ...]
     shape: Shape
-    sizes: dict[SplitName, int]
-    """Images written per split."""
-    source: str
-    """Description of the files that were read."""
+    sizes: dict[SplitName, int]  # images written per split
+    source: str  # description of the files that were read
     notes: tuple[str, ...]
     """Notices: files that were left out, images that are probably mistakes, origin of the test images."""
-    paths: tuple[Path, Path]
-    """The training and the test file."""
+    paths: tuple[Path, Path]  # the training and the test file
 
 
 def import_folder(

@@ -31,16 +31,11 @@ TITLES: Final = {
 class Example:
     """One image, the network's prediction for it, and the attention weights of that very pass."""
 
-    caption: str
-    """Where the image comes from."""
-    image: Array
-    """uint8 (side, side, 3), as the network saw it."""
-    truth: str | None
-    """Its class; None if it is not known."""
-    ranked: Sequence[tuple[str, float]]
-    """The most probable classes and their probabilities, best first."""
-    weights: Array
-    """(L, H, N, N)."""
+    caption: str  # where the image comes from
+    image: Array  # uint8 (side, side, 3), as the network saw it
+    truth: str | None  # its class; None if it is not known
+    ranked: Sequence[tuple[str, float]]  # the most probable classes and their probabilities, best first
+    weights: Array  # (L, H, N, N)
 
     @property
     def right(self) -> bool | None:
@@ -54,26 +49,19 @@ class Explanation:
 
     name: str
     examples: Sequence[Example]
-    entropy: Array
-    """(L, H), nats, the mean over queries and `averaged` images."""
-    kept: Array
-    """(L, H), tokens, the mean over the same."""
+    entropy: Array  # (L, H), nats, the mean over queries and `averaged` images
+    kept: Array  # (L, H), tokens, the mean over the same
     averaged: int
-    right: int | None
-    """How many of those images are predicted correctly; None if that is not known."""
-    what: str
-    """Name of those images, in the plural."""
+    right: int | None  # how many of those images are predicted correctly; None if that is not known
+    what: str  # name of those images, in the plural
     tokens: int
     top_k: int | None
     split_heads: bool
-    scalars: Mapping[str, Sequence[float]]
-    """Block by block: alpha, beta, attention_gain, mlp_gain, strength."""
+    scalars: Mapping[str, Sequence[float]]  # block by block: alpha, beta, attention_gain, mlp_gain, strength
     history: Sequence[Mapping[str, Any]]
     """The epochs of this model's training, as in curves.parquet, by epoch; empty if there are none."""
-    epoch: int
-    """The epoch whose weights these are."""
-    facts: Mapping[str, str]
-    """Facts about the model, its data and the checks, by name."""
+    epoch: int  # the epoch whose weights these are
+    facts: Mapping[str, str]  # facts about the model, its data and the checks, by name
 
     @property
     def most_tokens(self) -> int:

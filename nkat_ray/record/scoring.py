@@ -83,8 +83,7 @@ class Miss:
 
     trial: int
     accuracy: float
-    needed: float
-    """Accuracy that the gate needs with this lambda; above 1 if no accuracy suffices."""
+    needed: float  # accuracy that the gate needs with this lambda; above 1 if no accuracy suffices
     lambda_theory: float
 
 
@@ -242,8 +241,7 @@ class Official:
     """One design trained with several seeds: means over the seeds, and the verdict on them."""
 
     global_tpe: float
-    interval: tuple[float, float]
-    """95 %; infinite with one seed."""
+    interval: tuple[float, float]  # 95 %; infinite with one seed
     consistency: float
     robustness: float
     verdict: Verdict

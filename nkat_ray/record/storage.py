@@ -24,15 +24,10 @@ TUNE_FOLDER = "tune"
 
 @dataclass(frozen=True)
 class RunStorage:
-    """The storage of one run.
+    """The storage of one run."""
 
-    Attributes:
-        local: folder of the files that must be local.
-        remote: URI of its copy in a bucket; None if the storage path is a folder.
-    """
-
-    local: Path
-    remote: str | None
+    local: Path  # folder of the files that must be local
+    remote: str | None  # URI of its copy in a bucket; None if the storage path is a folder
     _pushed: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)  # size, mtime
 
     @property

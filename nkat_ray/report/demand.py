@@ -27,10 +27,8 @@ class Demand:
     conv_stem: str
     widths: tuple[int, ...]
     lambda_theory: Bounds
-    gate: Bounds
-    """Accuracy at which a trial passes the gate; above 1 none suffices."""
-    target: Bounds
-    """Accuracy at which Global TPE reaches its target; above 1 none suffices."""
+    gate: Bounds  # accuracy at which a trial passes the gate; above 1 none suffices
+    target: Bounds  # accuracy at which Global TPE reaches its target; above 1 none suffices
 
     @property
     def design(self) -> str:

@@ -35,10 +35,8 @@ class Comparison:
     """All trials after the same epoch."""
 
     epoch: int
-    scores: Mapping[int, float]
-    """Local TPE after that epoch by trial number."""
-    effects: Sequence[Effect]
-    """Of the parameters that varied, largest first."""
+    scores: Mapping[int, float]  # Local TPE after that epoch by trial number
+    effects: Sequence[Effect]  # of the parameters that varied, largest first
 
 
 def compare_trials(trials: Rows, curves: Rows, parameters: Sequence[str]) -> Comparison | None:
