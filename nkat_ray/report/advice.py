@@ -87,17 +87,13 @@ class Diagnosis:
 class Limits:
     """What limits a run, in the order in which the report says it. Empty where the data say nothing."""
 
-    demands: list[Demand]
-    """What each design of its space asks of CIFAR-10."""
-    others: dict[str, float]
-    """Accuracies on the other datasets that the demands rest on."""
-    measured: list[str]
-    """Those of them that this run has measured; the rest are assumed."""
+    demands: list[Demand]  # what each design of its space asks of CIFAR-10
+    others: dict[str, float]  # accuracies on the other datasets that the demands rest on
+    measured: list[str]  # those of them that this run has measured; the rest are assumed
     gap: str
     losses: list[Loss]
     reach: str
-    diagnoses: list[Diagnosis]
-    """One per limited trial: the winner or the closest first, then by score."""
+    diagnoses: list[Diagnosis]  # one per limited trial: the winner or the closest first, then by score
     steps: list[Step]
 
 
