@@ -141,7 +141,6 @@ def takes_flags(program: Program, *, without: Collection[str] = ()) -> Callable[
     """Let a function take a program's flags as keyword arguments (`Program.take`), visible in `help` and completion.
 
     Args:
-        program: the command.
         without: flags that exist only on the command line.
     """
 

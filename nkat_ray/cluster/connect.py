@@ -52,7 +52,6 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[str]:
 
     Args:
         address: as typed; None for the default (`choose_address`).
-        verbose: show Ray's own output.
 
     Raises:
         UserError: no Ray cluster answers at the address, it refuses this process, or no local one can start here.
@@ -139,13 +138,10 @@ def all_nodes() -> list[dict[str, Any]]:
 
 @functools.cache  # called every two seconds; the file does not change while a driver runs
 def nodes_to_come(config_file: Path) -> list[dict[str, Any]]:
-    """List every worker that the cluster's autoscaler may start, as `ray.nodes()` would.
+    """List every worker that the autoscaler may start, as `ray.nodes()` would, from what `ray up` left on the head.
 
     A search starts before its workers exist, so the resources of trials must not be derived from the head only. The
     list is empty if the file does not state the workers' resources, as for machines of your own.
-
-    Args:
-        config_file: configuration that `ray up` left on the head.
     """
     if not config_file.exists():
         return []
@@ -181,10 +177,6 @@ def describe_cluster(gpus_per_trial: float | None = None) -> Cluster:
 
 def planned_cluster(address: str | None, gpus_per_trial: float | None = None) -> Cluster:
     """Describe the cluster that a run with these flags would use, without starting an instance.
-
-    Args:
-        address: as typed.
-        gpus_per_trial: as typed.
 
     Raises:
         UserError: there is no cluster at the address, or torch cannot use a GPU.

@@ -35,11 +35,7 @@ class GpuFacts:
 
 
 def try_gpu(index: int = 0) -> GpuFacts:
-    """Test a GPU of this process with a small computation, and describe it.
-
-    Args:
-        index: index among the GPUs that this process sees.
-    """
+    """Test a GPU of this process with a small computation, and describe it."""
     import torch
 
     from nkat_ray.train.device import BUSY, gpu_fault
@@ -106,9 +102,6 @@ def mps_runs() -> bool:
 def ask_gpus(nodes: Sequence[Mapping[str, Any]]) -> dict[str, list[GpuFacts]]:
     """Test every GPU that Ray offers; one that stays occupied for a minute counts as busy.
 
-    Args:
-        nodes: as `ray.nodes()` lists them.
-
     Returns:
         Id of each living node with GPUs -> results of its GPUs.
     """
@@ -161,7 +154,6 @@ def known_gpus(nodes: Sequence[Mapping[str, Any]], found: Mapping[str, Sequence[
     """Describe each kind of GPU by its smallest one.
 
     Args:
-        nodes: as `ray.nodes()` lists them.
         found: id of a node -> results of its GPUs.
 
     Raises:

@@ -65,12 +65,7 @@ class NodeFacts:
 
 
 def node_facts(storage_path: str, *, with_gpus: bool = True) -> list[NodeFacts]:
-    """Collect the facts of every living node of the connected Ray instance; the storage path is left unchanged.
-
-    Args:
-        storage_path: folder or bucket URI of the runs.
-        with_gpus: test every GPU that Ray offers.
-    """
+    """Collect the facts of every living node of the connected Ray instance; the storage path is left unchanged."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     port = dashboard_port(ray._private.worker.get_dashboard_url())
     gpus = ask_gpus(nodes) if with_gpus else {}
@@ -110,13 +105,7 @@ def _answer(node: Mapping[str, Any], reference: Any, gpus: Sequence[GpuFacts]) -
 
 
 def clock_skew_s(before: float, there: float, after: float) -> float:
-    """Return the least possible difference of two clocks in seconds.
-
-    Args:
-        before: reading of this clock before the other one.
-        there: reading of the other clock.
-        after: reading of this clock after the other one.
-    """
+    """Return the least possible difference of two clocks in seconds; `there` was read between the other two."""
     return max(0.0, before - there, there - after)
 
 
@@ -174,12 +163,7 @@ def code_digest(folder: Path) -> str:
 
 
 def disks(storage: str, session: str) -> tuple[Disk, ...]:
-    """Measure the file systems that a run writes to on this machine.
-
-    Args:
-        storage: the storage path, a folder or a URI.
-        session: Ray's folder for logs and spilled objects.
-    """
+    """Measure the file systems that a run writes to on this machine."""
     places = {"storage": storage, "Ray's logs and spilled objects": session, "checkpoints": tempfile.gettempdir()}
     return tuple(_disk(purpose, Path(path)) for purpose, path in places.items() if not is_uri(path))
 

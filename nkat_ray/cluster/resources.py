@@ -137,9 +137,6 @@ def trial_share(config: TrialConfig, run: RunConfig, cluster: Cluster, *, kind: 
     """Compute the resources of a trial: the numbers that the user typed, else numbers that suit the cluster.
 
     Args:
-        config: configuration of the trial.
-        run: configuration of the search.
-        cluster: nodes that the run uses.
         kind: kind of GPU for the trial; if empty, the share fits on each kind.
     """
     if not on_gpus(run, cluster):
@@ -178,8 +175,6 @@ def room(run: RunConfig, cluster: Cluster, configs: Sequence[TrialConfig] = ()) 
     never exceeds `wanted`.
 
     Args:
-        run: configuration of the search.
-        cluster: nodes that the run uses.
         configs: corners of the search space, the largest of which must fit; the baseline if empty.
     """
     gpus = on_gpus(run, cluster)
@@ -267,13 +262,7 @@ def _memory_request(config: TrialConfig, cluster: Cluster, cpus: int) -> int:
 
 
 class Kinds:
-    """Choose the kind of GPU of each trial of a search: if there are several, the one with the most free slots.
-
-    Args:
-        run: configuration of the search.
-        cluster: nodes that the run uses.
-        state: state of the journal, which shows the trials that have ended.
-    """
+    """Choose the kind of GPU of each trial of a search: if there are several, the one with the most free slots."""
 
     def __init__(self, run: RunConfig, cluster: Cluster, state: RunState) -> None:
         self._run, self._cluster, self._state = run, cluster, state
@@ -291,8 +280,6 @@ def choose_kind(run: RunConfig, cluster: Cluster, busy: Mapping[str, int]) -> st
     """Choose the kind of GPU for the next trial: the one with the largest fraction of its slots free.
 
     Args:
-        run: configuration of the search.
-        cluster: nodes that the run uses.
         busy: kind -> number of trials that are running on it.
 
     Returns:
@@ -312,7 +299,6 @@ def refuse_oversized(share: Share, nodes: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a request that no node can satisfy, for which Ray would wait forever without a message.
 
     Args:
-        share: resources of a trial.
         nodes: as `ray.nodes()` lists them.
 
     Raises:
@@ -332,7 +318,6 @@ def cluster_of(nodes: Sequence[Mapping[str, Any]], gpus: Mapping[str, Gpu]) -> C
     """Describe the cluster.
 
     Args:
-        nodes: as `ray.nodes()` lists them.
         gpus: name -> known kind of GPU; the memory of other kinds is assumed.
     """
     return Cluster(tuple(_node_of(resources, gpus) for resources in alive_resources(nodes)))

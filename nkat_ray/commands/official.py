@@ -42,10 +42,6 @@ def recalculate(config: EvaluateConfig, screen: Screen) -> int:
 
     Work that an earlier call of the same command finished is not repeated.
 
-    Args:
-        config: the command's configuration.
-        screen: receives the progress and the report.
-
     Returns:
         The exit code: 0, or 1 if no dataset counts or a training failed.
 

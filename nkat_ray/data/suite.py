@@ -71,7 +71,6 @@ def refuse_other_data(saved: Mapping[str, Any], datasets: Datasets) -> dict[str,
 
     Args:
         saved: result of `describe_data` at the start, from the run's config.json.
-        datasets: the datasets as they are now.
 
     Returns:
         The datasets of the run.

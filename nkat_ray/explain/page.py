@@ -131,10 +131,6 @@ def heatmap(values: Array, *, low: float, high: float, unit: str, split_heads: b
 
     Args:
         values: (L, H).
-        low: value of the palest cell.
-        high: value of the darkest cell.
-        unit: of the values.
-        split_heads: the heads of block 0 see single colours, and say which.
     """
     blocks, heads = values.shape
     colours = [list(COLOUR_HEADS) if split_heads and block == 0 else [""] * heads for block in range(blocks)]

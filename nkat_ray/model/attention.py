@@ -47,8 +47,6 @@ def keep_mask(scores: Tensor, *, top_k: int | None, top_p: float | None) -> Tens
 
     Args:
         scores: (..., N), already divided by the temperature.
-        top_k: as in `filtered_softmax`.
-        top_p: as in `filtered_softmax`.
     """
     with torch.no_grad():
         values, index = _kept(scores, top_k, top_p)

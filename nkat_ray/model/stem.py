@@ -51,7 +51,6 @@ class ConvStem(nn.Sequential):
     tiny: 3 -> 32 -> 64 channels, 19,584 parameters. small: 3 -> 64 -> 128 -> 128, the last at stride 1.
 
     Args:
-        kind: off, tiny or small.
         stride: 4 (both first convolutions halve the map: 32 -> 8) or 2 (only the first: 32 -> 16).
     """
 
@@ -82,7 +81,6 @@ class ColourEmbed(nn.Module):
     one matrix product per colour).
 
     Args:
-        dim: embedding width D.
         cell: side of a token's cell on the image, in pixels (patch_size x stem stride).
     """
 

@@ -86,7 +86,6 @@ def load_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Recorded
     """Read a run's folder.
 
     Args:
-        folder: the run's folder.
         summary: keys of summary.json, if the tables are written but that file is not.
 
     Raises:

@@ -160,8 +160,6 @@ def result_scores(rows: Rows, trial: int, column: str = "tpe") -> Stage2Scores:
     """Return a survivor's aggregates of test scores, which are the result.
 
     Args:
-        rows: stage2 rows.
-        trial: the survivor.
         column: "tpe" (the chosen lambda model), "tpe_notes", "tpe_counted" or "tpe_millions".
     """
     mine = of_trial(rows, trial)
@@ -256,7 +254,6 @@ def official(rows: Rows, seeds: Sequence[int]) -> Official:
 
     Args:
         rows: stage2 rows with the number of the seed as `trial`.
-        seeds: numbers of the seeds.
     """
     rows, total = list(rows), len(STAGE2_DATASETS)
     scores = [result_scores(rows, seed) for seed in seeds]
@@ -316,7 +313,6 @@ def verdict_of(summary: Mapping[str, Any], rows: Rows) -> Verdict:
 
     Args:
         summary: keys of summary.json; some may be missing.
-        rows: stage2 rows.
     """
     winner = summary["winner"]["trial"] if summary.get("winner") else None
     survivors = len(summary.get("survivors") or ())
@@ -343,10 +339,6 @@ def verdict(
     contains the target; not reached if no trial passed the gate, or if Global TPE or Consistency is below its target.
 
     Args:
-        rows: stage2 rows.
-        winner: number of the best survivor, or None.
-        finished: whether the run has ended.
-        gate: Local TPE that a trial had to reach, for the sentence.
         survivors: number of trials that passed the gate; used only without a winner.
     """
     rows, total = list(rows), len(STAGE2_DATASETS)

@@ -37,8 +37,6 @@ def summarise(config: RunConfig, state: RunState, data: Mapping[str, Any], code:
     """Compute summary.json (docs/spec.md section 8).
 
     Args:
-        config: the run's configuration.
-        state: the state of its journal.
         data: description of the datasets, from `describe_data`.
         code: the run's exit code; None while it is in progress.
     """

@@ -128,8 +128,6 @@ def write_trials(path: Path, rows: Rows, *, metadata: Mapping[str, object] | Non
     """Write trials.parquet, one row per trial; NaN becomes null.
 
     Args:
-        path: the file; its folder must exist.
-        rows: dicts with the schema's keys; missing ones are null.
         metadata: stored as text in the file's schema (the run's name, gate, seed).
 
     Raises:
@@ -174,10 +172,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_summary(path: Path, *needed: str) -> dict[str, Any]:
     """Read summary.json, or another JSON object of a run.
-
-    Args:
-        path: the file.
-        needed: keys that it must have.
 
     Raises:
         UserError: the file is not a JSON object, or lacks a needed key.

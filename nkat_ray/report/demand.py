@@ -37,13 +37,7 @@ class Demand:
 
 
 def demands(run: RunConfig, space: Mapping[str, Domain], others: Iterable[float]) -> list[Demand]:
-    """Compute the demands of every stem and width of a search space; widths with the same lambda share one.
-
-    Args:
-        run: the run, for its lambda model and its gate.
-        space: the searched parameters.
-        others: accuracies on the other datasets, 0..1.
-    """
+    """Compute the demands of every stem and width of a search space; widths with the same lambda share one."""
     known, target = list(others), GLOBAL_TARGETS["global_tpe"]
     lambdas: dict[tuple[str, int], list[float]] = {}
     for config in design_configs(run, space):
@@ -70,7 +64,6 @@ def other_accuracies(rows: scoring.Rows, winner: int | None) -> tuple[dict[str, 
     """Return the accuracies of the datasets other than CIFAR-10, and the names of those that were measured.
 
     Args:
-        rows: stage2 rows.
         winner: the trial whose test accuracies are used; for a dataset without one ASSUMED_ACCURACY is.
     """
     tested = scoring.of_trial(rows, winner)

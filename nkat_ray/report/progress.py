@@ -33,11 +33,7 @@ class Progress(Observer):
     plain lines; nothing on a quiet console. Its methods are called from one thread.
 
     Args:
-        config: the run.
         datasets: the datasets of Stage 2, Stage 1's among them, for the header and the estimate of the time left.
-        title: display name of the run; default: its name.
-        console: where to print; default: standard output.
-        clock: monotonic seconds; for tests.
     """
 
     def __init__(

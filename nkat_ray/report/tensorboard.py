@@ -79,7 +79,6 @@ class TensorBoardLog(Observer):
     Args:
         folder: what TensorBoard reads (`--logdir`); made at once.
         space: the search space; its parameters become the columns of HPARAMS.
-        base: configuration of a trial, except for the proposed values.
     """
 
     def __init__(
@@ -156,14 +155,7 @@ class TensorBoardLog(Observer):
         curves: Sequence[Mapping[str, Any]] = (),
         pictures: Mapping[str, Image.Image] | None = None,
     ) -> None:
-        """Write verdict, scores and the chart of baseline, winner and gate, in place of earlier ones.
-
-        Args:
-            summary: keys of summary.json.
-            stage2: rows of stage2.parquet.
-            curves: rows of curves.parquet.
-            pictures: of the winner, by tag.
-        """
+        """Write verdict, scores and the chart of baseline, winner and gate, in place of earlier ones."""
         winner = summary["winner"]["trial"] if summary.get("winner") else None
         for trial in sorted({row["trial"] for row in stage2}):
             with _event_file(self._folder_of(trial, {}), SCORED) as writer:
@@ -219,9 +211,7 @@ def markdown_table(
     """Return the table metric | before | now | target | gap, and one of the winner's datasets below it, in Markdown.
 
     Args:
-        stage2: rows of stage2.parquet.
         winner: the best survivor's number; None leaves the second table out.
-        datasets: those that the run was asked to cover.
     """
     stage2 = list(stage2)
     counted = scoring.datasets_counted(stage2, winner)

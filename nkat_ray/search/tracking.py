@@ -44,7 +44,6 @@ def trackers_of(run: RunConfig, folder: Path) -> "list[Callback]":
 
     Args:
         run: configuration; the run's name becomes the experiment in MLflow or the group in Weights & Biases.
-        folder: the run's local folder.
     """
     if run.log_to == "mlflow":
         from ray.air.integrations.mlflow import MLflowLoggerCallback

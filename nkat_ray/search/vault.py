@@ -38,11 +38,7 @@ class Vault:
 
 
 def open_vault(name: str) -> ActorHandle[Any]:
-    """Start this driver's vault on the driver's node, since a worker node may be a spot instance.
-
-    Args:
-        name: label in `ray list actors`.
-    """
+    """Start this driver's vault on the driver's node, since a worker node may be a spot instance."""
     actor: Any = Vault  # ray.remote's stub has no `options`
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     handle: ActorHandle[Any] = actor.options(
