@@ -42,8 +42,6 @@ def write_report(run_folder: Path, out: Path | None = None, *, summary: Mapping[
     """Write one run's report and return its path.
 
     Args:
-        run_folder: the run's folder.
-        out: the file; default: report.html in the run's folder.
         summary: the keys of summary.json if that file has not been written yet.
 
     Raises:

@@ -154,7 +154,6 @@ def apply_operation(images: Tensor, name: str, value: float) -> Tensor:
 
     Args:
         images: uint8 (B, 3, H, W); not modified.
-        name: one of `OPERATIONS`.
         value: the result of `strength`, with its sign.
 
     Returns:
