@@ -203,7 +203,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
             stage2 = Stage2(context, cluster=cluster, vault=open_vault(out.name), observer=observer)
             winner = stage2.evaluate(survivors)
     rows = list(journal.state.tested.values())
-    tables.write_stage2(out / STAGE2_FILE, rows, metadata={"notices": "; ".join(notices)} if notices else None)
+    tables.write_rows(out / STAGE2_FILE, rows, metadata={"notices": "; ".join(notices)} if notices else None)
     code = DONE if scoring.datasets_counted(rows, winner) else FAULT
     summary = _summary(run, rows, winner, describe_data(datasets), notices)
     final_report(summary, [], rows, screen)

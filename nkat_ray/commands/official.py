@@ -73,7 +73,7 @@ def recalculate(config: EvaluateConfig, screen: Screen) -> int:
         finally:
             journal.close()
     rows = list(journal.state.tested.values())
-    tables.write_stage2(out / STAGE2_FILE, rows)
+    tables.write_rows(out / STAGE2_FILE, rows)
     scores = {number: scoring.result_scores(rows, number) for number in seeds}
     found = scoring.official(rows, list(seeds))
     code = DONE if scoring.datasets_counted(rows, winner) else FAULT

@@ -39,7 +39,7 @@ from nkat_ray.metrics import (
 )
 from nkat_ray.record.rows import curve_row
 from nkat_ray.record.storage import is_uri
-from nkat_ray.record.tables import read_rows, read_summary, write_curves, write_json
+from nkat_ray.record.tables import read_rows, read_summary, write_json, write_rows
 from nkat_ray.report.tensorboard import TensorBoardLog
 from nkat_ray.report.terminal import Screen, is_live, screen_of
 
@@ -283,7 +283,7 @@ class _Curve:
     def add(self, row: Mapping[str, Any]) -> None:
         """Add an epoch that the trainer reported, and write the file."""
         self._rows.append({"trial": 0, **curve_row(row), "started_s": row["started_s"] - self._start})
-        write_curves(self._path, self._rows)
+        write_rows(self._path, self._rows)
 
 
 def _until_smoke(config: TrainConfig, trainer: "Trainer") -> Iterator["EpochResult"]:

@@ -28,9 +28,9 @@ def write_tables(folder: Path, config: RunConfig, state: RunState) -> None:
         "notes_gate": NOTES_GATE,
         "seed": config.seed,
     }
-    tables.write_trials(folder / TRIALS_FILE, trial_rows(state, config), metadata=about)
-    tables.write_curves(folder / CURVES_FILE, curve_rows(state), metadata=about)
-    tables.write_stage2(folder / STAGE2_FILE, stage2_rows(state), metadata=about)
+    tables.write_rows(folder / TRIALS_FILE, trial_rows(state, config), metadata=about)
+    tables.write_rows(folder / CURVES_FILE, curve_rows(state), metadata=about)
+    tables.write_rows(folder / STAGE2_FILE, stage2_rows(state), metadata=about)
 
 
 def summarise(config: RunConfig, state: RunState, data: Mapping[str, Any], code: int | None) -> dict[str, Any]:
