@@ -63,14 +63,9 @@ PROGRAM = Program(
 
 def main(argv: Sequence[str]) -> int:
     """Check the machine or the cluster that the command line names."""
-    config = read(argv)
+    config = PROGRAM.configured(argv)
     with screen_of(config) as screen:
         return doctor(config, screen)
-
-
-def read(argv: Sequence[str]) -> DoctorConfig:
-    """Read the configuration from the command line."""
-    return DoctorConfig(**PROGRAM.read(argv))
 
 
 @dataclass(frozen=True)

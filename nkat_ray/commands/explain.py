@@ -55,12 +55,7 @@ PROGRAM = Program(
 
 def main(argv: Sequence[str]) -> int:
     """Explain the model that the command line names; return the exit code."""
-    return explain(read(argv), Screen())
-
-
-def read(argv: Sequence[str]) -> ExplainConfig:
-    """Read the configuration from the command line."""
-    return ExplainConfig(**PROGRAM.read(argv))
+    return explain(PROGRAM.configured(argv), Screen())
 
 
 def explain(config: ExplainConfig, console: Console) -> int:

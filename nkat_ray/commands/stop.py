@@ -36,14 +36,9 @@ PROGRAM = Program(
 
 def main(argv: Sequence[str]) -> int:
     """Request the end of the trial that the command line names; return the exit code."""
-    config = read(argv)
+    config = PROGRAM.configured(argv)
     with screen_of(config) as screen:
         return stop(config, screen)
-
-
-def read(argv: Sequence[str]) -> StopConfig:
-    """Read the configuration from the command line."""
-    return StopConfig(**PROGRAM.read(argv))
 
 
 def stop(config: StopConfig, screen: Screen) -> int:
