@@ -11,10 +11,9 @@ from typing import Any, Final
 import ray
 import yaml
 from ray.exceptions import AuthenticationError, NodeDiedError, TaskUnschedulableError, WorkerCrashedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nkat_ray.cluster.address import Address, choose_address, head_config, refuse_unreachable
-from nkat_ray.cluster.gpus import apple_gpus_unused, ask_gpus, known_gpus, this_machines_nodes, try_local_gpus
+from nkat_ray.cluster.gpus import apple_gpus_unused, ask_gpus, known_gpus, on_node, this_machines_nodes, try_local_gpus
 from nkat_ray.cluster.local import ensure_token, own_folder, place_for_ray
 from nkat_ray.cluster.resources import Cluster, Share, cluster_of, refuse_oversized
 from nkat_ray.errors import UserError, one_line
@@ -207,8 +206,7 @@ def nodes_without(path: Path) -> list[str]:
     """
     check = ray.remote(num_cpus=0)(os.path.exists)
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    asked = [check.options(scheduling_strategy=s).remote(str(path)) for s in strategies]
+    asked = [check.options(scheduling_strategy=on_node(node)).remote(str(path)) for node in nodes]
     return [
         node["NodeManagerHostname"] for node, ref in zip(nodes, asked, strict=True) if _answer(ref) is False
     ]  # fmt: skip

@@ -124,7 +124,7 @@ def _tries(node: Mapping[str, Any], free: float) -> list[Any]:
     """Submit one test per GPU of a node; none if all GPUs are occupied."""
     gpus = node["Resources"]["GPU"]
     share = MORE_THAN_HALF if gpus >= 1 else gpus
-    task = ray.remote(num_cpus=0, num_gpus=share, max_retries=0)(try_gpu).options(scheduling_strategy=_on(node))
+    task = ray.remote(num_cpus=0, num_gpus=share, max_retries=0)(try_gpu).options(scheduling_strategy=on_node(node))
     return [task.remote() for _ in range(max(1, int(gpus)))] if free >= share else []
 
 
@@ -138,7 +138,7 @@ def _answer(reference: Any) -> GpuFacts:
 
 def _busy(node: Mapping[str, Any]) -> list[GpuFacts]:
     """Describe a node's busy GPUs, whose memory the driver still reports."""
-    task = ray.remote(num_cpus=0, max_retries=0)(driver_memory).options(scheduling_strategy=_on(node))
+    task = ray.remote(num_cpus=0, max_retries=0)(driver_memory).options(scheduling_strategy=on_node(node))
     try:
         sizes = ray.get(task.remote(), timeout=ANSWER_S)
     except RayError:
@@ -146,7 +146,8 @@ def _busy(node: Mapping[str, Any]) -> list[GpuFacts]:
     return [GpuFacts(memory_bytes=size, busy=True) for size in sizes] or [GpuFacts(busy=True)]
 
 
-def _on(node: Mapping[str, Any]) -> NodeAffinitySchedulingStrategy:
+def on_node(node: Mapping[str, Any]) -> NodeAffinitySchedulingStrategy:
+    """Return the strategy that runs a task on one node only."""
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
 
 

@@ -16,9 +16,8 @@ from typing import Any, Final
 import pyarrow.fs
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nkat_ray.cluster.gpus import GpuFacts, ask_gpus, driver_gpus, mps_runs
+from nkat_ray.cluster.gpus import GpuFacts, ask_gpus, driver_gpus, mps_runs, on_node
 from nkat_ray.errors import one_line
 from nkat_ray.files import nearest_existing
 from nkat_ray.record.storage import is_uri
@@ -80,8 +79,8 @@ def node_facts(storage_path: str, *, with_gpus: bool = True) -> list[NodeFacts]:
 
 
 def _on(node: Mapping[str, Any], function: Any, *arguments: Any) -> Any:
-    strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=strategy).remote(*arguments)
+    task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=on_node(node))
+    return task.remote(*arguments)
 
 
 def _answer(node: Mapping[str, Any], reference: Any, gpus: Sequence[GpuFacts]) -> NodeFacts:
