@@ -7,7 +7,6 @@ datasets. Lines about trials that have ended stay in the scrollback above it. ta
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Final, Self
 
 from rich.console import Console
@@ -71,9 +70,7 @@ class Progress(Observer):
         self._display.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._display.stop()
 
     def on_tick(self) -> None:
