@@ -140,11 +140,6 @@ class NKATAttention(nn.Module):
         split_heads: bool = False,
     ) -> None:
         super().__init__()
-        _check_filter(temperature, top_k, top_p)
-        if dim % num_heads:
-            raise ValueError(f"dim is {dim}; num_heads {num_heads} must divide it")
-        if split_heads and num_heads != STREAMS * STREAM_HEADS:
-            raise ValueError(f"num_heads is {num_heads}; split_heads needs {STREAMS * STREAM_HEADS}")
         self.num_heads = num_heads
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.scale = (dim // num_heads) ** -0.5 / temperature

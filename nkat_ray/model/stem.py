@@ -27,8 +27,6 @@ class ColorWiseLayerNorm(nn.Module):
 
     def __init__(self, mode: ColorNorm, *, bypass: bool = False) -> None:
         super().__init__()
-        if mode not in ("off", "layernorm", "residual"):
-            raise ValueError(f"mode is {mode!r}; allowed: off, layernorm, residual")
         self.mode = mode
         self.bypass = bypass
         self.norm = nn.Identity() if mode == "off" else nn.LayerNorm(COLOURS)
@@ -55,10 +53,6 @@ class ConvStem(nn.Sequential):
     """
 
     def __init__(self, kind: Stem, *, stride: int = 4) -> None:
-        if kind not in ("off", *STEM_WIDTHS):
-            raise ValueError(f"kind is {kind!r}; allowed: off, tiny, small")
-        if stride not in (2, 4):
-            raise ValueError(f"stride is {stride}; allowed: 2, 4")
         layers: list[nn.Module] = []
         if kind != "off":
             narrow, wide = STEM_WIDTHS[kind]
