@@ -48,7 +48,7 @@ def import_folder(
         DataError: bad arguments, existing files, fewer than two classes, a class without images or with black images
             only, an unreadable image, or a known name for other images.
     """
-    paths = _check_target(folder, out_dir, name, test_fraction)
+    paths = _check_target(folder, out_dir, name)
     layout = _find(folder)
     class_names = tuple(text.replace(",", ";") for text in class_names_of(name, layout))  # commas separate names
     pictures = {split: layout.pictures(split) for split in SPLITS if layout.files(split)}
@@ -79,10 +79,8 @@ def import_folder(
     return ImportSummary(name, class_names, shape, sizes, layout.where, tuple(notes), paths)
 
 
-def _check_target(folder: Path, out_dir: Path, name: str, test_fraction: float) -> tuple[Path, Path]:
+def _check_target(folder: Path, out_dir: Path, name: str) -> tuple[Path, Path]:
     check_name(name)
-    if not 0 < test_fraction < 1:
-        raise DataError(f"test_fraction is {test_fraction}; allowed: 0 < test_fraction < 1")
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist or is no folder; name one with a sub-folder for each class")
     train, test = pair_path(out_dir, name, "train"), pair_path(out_dir, name, "test")

@@ -313,11 +313,7 @@ def verdict_of(summary: Mapping[str, Any], rows: Rows) -> Verdict:
 
     Undecided while the run is in progress, if fewer than four datasets count, if the 95 % interval of Global TPE
     contains the target, and if it is reached on generated images; not reached if no trial passed the gate, or if Global
-    TPE or Consistency is below its target.
-
-    Args:
-        summary: keys of summary.json; some may be missing.
-        rows: stage2 rows.
+    TPE or Consistency is below its target. Some keys of the summary may be missing.
     """
     rows, total = list(rows), len(STAGE2_DATASETS)
     if not summary.get("winner"):
