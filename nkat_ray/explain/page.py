@@ -11,7 +11,7 @@ from plotly.colors import sample_colorscale
 
 from nkat_ray.explain import attention
 from nkat_ray.explain.attention import COLOUR_HEADS, Array
-from nkat_ray.metrics import EPOCH, NKAT_SCALARS, VAL_ACCURACY
+from nkat_ray.metrics import EPOCH, NKAT_SCALARS, VAL_ACCURACY, modulation_bound
 from nkat_ray.report.charts import BLUE, figure
 from nkat_ray.report.page import Page
 
@@ -71,9 +71,7 @@ class Explanation:
     @property
     def reach(self) -> float:
         """Largest share by which the modulation can change a token's attention output, with these scalars."""
-        names = ("strength", "alpha", "beta")
-        blocks = zip(*(self.scalars[name] for name in names), strict=True)
-        return float(max(strength * (abs(alpha) + abs(beta)) for strength, alpha, beta in blocks))
+        return max(map(modulation_bound, *(self.scalars[name] for name in ("strength", "alpha", "beta"))))
 
 
 def explanation_page(found: Explanation) -> Page:
