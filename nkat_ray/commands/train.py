@@ -97,11 +97,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read(argv: Sequence[str]) -> TrainConfig:
-    """Read the configuration from the command line; with --resume from the folder of the training.
-
-    Raises:
-        UserError: a flag is not allowed, or cannot change with --resume.
-    """
+    """Read the configuration from the command line; see `configured`."""
     return configured(PROGRAM.read(argv))
 
 

@@ -113,11 +113,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read(argv: Sequence[str]) -> tuple[RunConfig, SearchSpace]:
-    """Return the run that was typed, with its search space; with --resume both are the saved ones.
-
-    Raises:
-        UserError: a flag that is not allowed, or one that a run which goes on cannot change.
-    """
+    """Read the run and its search space from the command line; see `configured`."""
     return configured(PROGRAM.read(argv))
 
 
