@@ -166,11 +166,7 @@ def saved_training(out: Path | None) -> TrainConfig:
 
 
 def _default_folder() -> Path:
-    """Return the folder of trainings without --out: $NKAT_STORAGE_PATH, else ./runs.
-
-    Raises:
-        UserError: it is a bucket.
-    """
+    """Return the folder of trainings without --out: $NKAT_STORAGE_PATH, else ./runs; raise a UserError for a bucket."""
     storage_path = default_storage_path()
     if is_uri(storage_path):
         raise UserError(f"NKAT_STORAGE_PATH is {storage_path!r}; `nkat train` writes to a folder; give one with --out")

@@ -106,11 +106,7 @@ def class_names_of(name: str, layout: Layout) -> tuple[str, ...]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a dataset's name that is not a plain file name.
-
-    Raises:
-        DataError: it is not.
-    """
+    """Refuse (DataError) a dataset's name that is not a plain file name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or ".." in name:
         rule = "1..64 letters, digits, '.', '_' or '-', starting with a letter or digit"
         raise DataError(f"dataset name is {name!r}; allowed: {rule}")

@@ -38,11 +38,7 @@ _AFFINE: Final = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rot
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse anything but uint8 (B, 3, H, W).
-
-    Raises:
-        ValueError: another type or shape.
-    """
+    """Refuse (ValueError) anything but uint8 (B, 3, H, W)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; pass torch.uint8 (B, 3, H, W)")
 
