@@ -128,11 +128,7 @@ def _running_cluster(given: str) -> tuple[str, str]:
 
 
 def what_answers(host: str, port: int) -> str:
-    """Identify the server on a port, without Ray.
-
-    Returns:
-        `a gRPC server`, as a Ray cluster is; else a phrase that describes the server or the failure.
-    """
+    """Return what answers on a port: `a gRPC server`, as a Ray cluster is, else a phrase about it or the failure."""
     try:
         with socket.create_connection((host, port), timeout=CONNECT_S) as connection:
             connection.settimeout(ANSWER_S)

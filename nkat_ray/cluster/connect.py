@@ -90,11 +90,7 @@ def _start(folder: Path, *, verbose: bool) -> None:
 
 
 def _join(address: Address, *, verbose: bool) -> None:
-    """Connect to a cluster that has answered.
-
-    Raises:
-        UserError: the cluster refuses this process.
-    """
+    """Connect to a cluster that has answered; raise a UserError if it refuses this process."""
     try:
         _init(address.value, verbose=verbose)
     except (AuthenticationError, ConnectionError) as error:

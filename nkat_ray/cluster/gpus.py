@@ -100,11 +100,7 @@ def mps_runs() -> bool:
 
 
 def ask_gpus(nodes: Sequence[Mapping[str, Any]]) -> dict[str, list[GpuFacts]]:
-    """Test every GPU that Ray offers; one that stays occupied for a minute counts as busy.
-
-    Returns:
-        Id of each living node with GPUs -> results of its GPUs.
-    """
+    """Test all GPUs that Ray offers, and return the results by node id; one occupied for a minute counts as busy."""
     with_gpus = [node for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
     free = ray._private.state.available_resources_per_node()
     asked = {node["NodeID"]: _tries(node, free.get(node["NodeID"], {}).get("GPU", 0.0)) for node in with_gpus}

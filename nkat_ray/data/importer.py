@@ -98,11 +98,7 @@ def _find(folder: Path) -> PictureLayout:
 
 
 def _odd(pictures: Sequence[Picture], found: Sequence[Kind], split: Split, class_names: Sequence[str]) -> list[str]:
-    """Describe images that are probably mistakes.
-
-    Raises:
-        DataError: all images of a class are black.
-    """
+    """Describe images that are probably mistakes; raise a DataError if all images of a class are black."""
     brightest = split.images.reshape(len(split), -1).max(axis=1)
     for label in np.unique(split.labels):
         if brightest[split.labels == label].max() < LEAST_CONTRAST:

@@ -48,11 +48,7 @@ def open_vault(name: str) -> ActorHandle[Any]:
 
 
 def deposit(vault: ActorHandle[Any], trial: int, score: float, payload: bytes) -> bool:
-    """Send weights to the vault and wait until it has them.
-
-    Returns:
-        Whether the vault has them; False if it is gone, so that the weights are on disk only.
-    """
+    """Send weights to the vault, and wait; return False if it is gone, so that the weights are on disk only."""
     try:
         ray.get(vault.put.remote(trial, score, payload))
     except RayActorError:

@@ -48,11 +48,7 @@ def transfer_weights(
 
 
 def count_on_test(payload: bytes, split: Split, share: Share) -> tuple[int, int]:
-    """Count the test images that a network classifies correctly.
-
-    Returns:
-        Number of correct images, and number of all images.
-    """
+    """Return the number of test images that a network classifies correctly, and that of all."""
     images = ImageSet(split.images, split.labels, None, device_for(share.gpus, share.cpus))
     return count_correct_of(Weights.from_bytes(payload), images), len(images)
 
