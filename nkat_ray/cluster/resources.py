@@ -299,6 +299,7 @@ def refuse_oversized(share: Share, nodes: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a request that no node can satisfy, for which Ray would wait forever without a message.
 
     Args:
+        share: resources of a trial.
         nodes: as `ray.nodes()` lists them.
 
     Raises:
