@@ -24,8 +24,9 @@ from nkat_ray.config import (
     default_storage_path,
     field_names,
 )
-from nkat_ray.data import Dataset, Missing, open_dataset
+from nkat_ray.data import Dataset
 from nkat_ray.data.selection import Limits, Selection, select_images, validation_size
+from nkat_ray.data.suite import need_dataset
 from nkat_ray.errors import DONE, FAULT, NO_GO, UserError
 from nkat_ray.files import CURVES_FILE, WEIGHTS_FILE, write_atomically
 from nkat_ray.flags import Program, continued, more_of_trial
@@ -128,7 +129,7 @@ def train(config: TrainConfig, console: Screen) -> int:
         raise UserError(
             f"out is {str(out)!r}; it contains a training; continue it with --resume, or choose another folder"
         )
-    dataset = _open(config, console)
+    dataset = need_dataset(config.dataset, config, console, advice="`nkat data list` shows what there is")
     limits = Limits(validation_size(dataset.sizes["train"], config.val_images), config.train_images)
     images = select_images(dataset, limits)  # refuses too many before anything is written
     device = own_device()
@@ -171,13 +172,6 @@ def _default_folder() -> Path:
     if is_uri(storage_path):
         raise UserError(f"NKAT_STORAGE_PATH is {storage_path!r}; `nkat train` writes to a folder; give one with --out")
     return Path(storage_path).expanduser()
-
-
-def _open(config: TrainConfig, console: Screen) -> Dataset:
-    found = open_dataset(config.dataset, config, notice=lambda text: console.print(f"note: {text}", markup=False))
-    if isinstance(found, Missing):
-        raise UserError(f"dataset {config.dataset!r} is missing: {found.reason}; `nkat data list` shows what there is")
-    return found
 
 
 @dataclasses.dataclass

@@ -261,7 +261,7 @@ def test_image_files_are_explained_without_data(
     Image.fromarray(pixels).save(tmp_path / "horse" / "<b>.png")
     Image.new("RGB", (300, 100), "orange").save(tmp_path / "large.jpg")
     files = str(tmp_path / "horse" / "<b>.png"), str(tmp_path / "large.jpg")
-    monkeypatch.setattr(command, "open_dataset", None)  # it must not be asked
+    monkeypatch.setattr(command, "need_dataset", None)  # it must not be asked
     found, page = run(folder, monkeypatch, images=files, out=tmp_path / "out")
     first, second = found.examples
     assert (first.image == pixels).all()
