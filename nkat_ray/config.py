@@ -229,13 +229,10 @@ class Stage2Config(Checked):
             self.refuse("datasets", "name each dataset once")
 
     def epochs_on(self, images: int) -> int:
-        """Return the epochs of a fine-tuning or a probe on a dataset, >= `transfer_epochs`.
+        """Return the epochs of a fine-tuning or a probe on so many training images (>= 1): at least `transfer_epochs`.
 
         A small dataset is passed through more often, since what counts is the number of steps (docs/LOG.md): EMNIST's
         6,144 images reach 0.874 after six epochs and 0.923 after twenty. A limit that the user sets holds here too.
-
-        Args:
-            images: number of its training images, >= 1.
         """
         least = min(LEAST_TRANSFER_IMAGES, self.transfer_images or LEAST_TRANSFER_IMAGES)
         return math.ceil(self.transfer_epochs * max(1.0, least / images))

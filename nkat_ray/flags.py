@@ -62,6 +62,10 @@ class Program:
             self._refuse_unknown(unknown[0])
         return vars(typed)
 
+    def configured(self, argv: Sequence[str]) -> Any:
+        """Return the configuration that a command line means; raises what `read` raises."""
+        return self.config(**self.read(argv))
+
     def take(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Convert settings given as Python values, by name of the field, to the types of the fields.
 
@@ -141,7 +145,6 @@ def takes_flags(program: Program, *, without: Collection[str] = ()) -> Callable[
     """Let a function take a program's flags as keyword arguments (`Program.take`), visible in `help` and completion.
 
     Args:
-        program: the command.
         without: flags that exist only on the command line.
     """
 

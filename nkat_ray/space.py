@@ -140,7 +140,6 @@ def space_of(run: RunConfig, typed: Collection[str] = ()) -> SearchSpace:
     """Prepare the search space that `run.space` names; this is the only place that reads its file.
 
     Args:
-        run: the run.
         typed: flags that the user typed. A parameter of the space among them is fixed.
 
     Raises:

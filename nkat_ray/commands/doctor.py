@@ -52,14 +52,9 @@ PROGRAM = Program(
 
 def main(argv: Sequence[str]) -> int:
     """Check the machine or the cluster that the command line names."""
-    config = read(argv)
+    config = PROGRAM.configured(argv)
     with screen_of(config) as screen:
         return doctor(config, screen)
-
-
-def read(argv: Sequence[str]) -> DoctorConfig:
-    """Read the configuration from the command line."""
-    return DoctorConfig(**PROGRAM.read(argv))
 
 
 @dataclass(frozen=True)
@@ -68,8 +63,7 @@ class Check:
 
     name: str
     ok: bool
-    detail: str
-    """What was found; for a fault also the node and what to do."""
+    detail: str  # what was found; for a fault also the node and what to do
 
 
 def doctor(config: DoctorConfig, screen: Screen) -> int:

@@ -146,7 +146,6 @@ def with_defaults_of(target: Path, *, official: bool = False) -> EvaluateConfig:
     A run's own settings and data are the defaults, so that the evaluation equals the run's Stage 2.
 
     Args:
-        target: folder of a run or of a model.
         official: whether to leave out the run's limits on images, so that all images are used.
 
     Raises:
@@ -162,10 +161,6 @@ def with_defaults_of(target: Path, *, official: bool = False) -> EvaluateConfig:
 
 def evaluate(config: EvaluateConfig, screen: Screen) -> int:
     """Evaluate a target and print the report.
-
-    Args:
-        config: the command's configuration.
-        screen: receives the progress and the report.
 
     Returns:
         The exit code: 0, or 1 if no dataset counts.
@@ -208,7 +203,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
             stage2 = Stage2(context, cluster=cluster, vault=open_vault(out.name), observer=observer)
             winner = stage2.evaluate(survivors)
     rows = list(journal.state.tested.values())
-    tables.write_stage2(out / STAGE2_FILE, rows, metadata={"notices": "; ".join(notices)} if notices else None)
+    tables.write_rows(out / STAGE2_FILE, rows, metadata={"notices": "; ".join(notices)} if notices else None)
     code = DONE if scoring.datasets_counted(rows, winner) else FAULT
     summary = _summary(run, rows, winner, describe_data(datasets), notices)
     final_report(summary, [], rows, screen)

@@ -42,10 +42,6 @@ def recalculate(config: EvaluateConfig, screen: Screen) -> int:
 
     Work that an earlier call of the same command finished is not repeated.
 
-    Args:
-        config: the command's configuration.
-        screen: receives the progress and the report.
-
     Returns:
         The exit code: 0, or 1 if no dataset counts or a training failed.
 
@@ -77,7 +73,7 @@ def recalculate(config: EvaluateConfig, screen: Screen) -> int:
         finally:
             journal.close()
     rows = list(journal.state.tested.values())
-    tables.write_stage2(out / STAGE2_FILE, rows)
+    tables.write_rows(out / STAGE2_FILE, rows)
     scores = {number: scoring.result_scores(rows, number) for number in seeds}
     found = scoring.official(rows, list(seeds))
     code = DONE if scoring.datasets_counted(rows, winner) else FAULT

@@ -25,8 +25,7 @@ class DatasetRow:
 
     name: str
     state: State
-    where: str
-    """Location and source, or the reason why it is missing or damaged."""
+    where: str  # location and source, or the reason why it is missing or damaged
     classes: int | None = None
     train: int | None = None
     test: int | None = None
@@ -64,9 +63,7 @@ def verify(config: DataConfig, names: Sequence[str] = (), *, notice: Notice = la
     """Check datasets again, regardless of earlier results.
 
     Args:
-        config: names the data folder.
         names: datasets to check; all that are found if empty.
-        notice: called with one line per dataset.
 
     Raises:
         DataError: the data folder does not exist or contains no dataset, or a name is not allowed.
@@ -90,7 +87,6 @@ def fetch(names: Sequence[str] = (), *, notice: Notice) -> list[DatasetRow]:
 
     Args:
         names: datasets to fetch; all known ones if empty.
-        notice: called with one line per download.
 
     Raises:
         DataError: a name is not allowed.

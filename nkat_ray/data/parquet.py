@@ -45,15 +45,11 @@ Shards = Mapping[SplitName, tuple[Path, ...]]
 class Description:
     """The checked content of a file's schema and metadata, which must be the same for all files of a dataset."""
 
-    image: str
-    """Name of the column of images."""
+    image: str  # name of the column of images
     label: str
-    class_names: tuple[str, ...]
-    """Names of the classes; empty if they are only numbered."""
-    encoding: str = "any image file"
-    """One of ENCODINGS in the project's layout."""
-    stated: Shape | None = None
-    """Shape of every image, in the project's layout."""
+    class_names: tuple[str, ...]  # names of the classes; empty if they are only numbered
+    encoding: str = "any image file"  # one of ENCODINGS in the project's layout
+    stated: Shape | None = None  # shape of every image, in the project's layout
     flip: bool | None = None
 
 

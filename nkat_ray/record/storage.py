@@ -25,15 +25,10 @@ TUNE_FOLDER = "tune"
 
 @dataclass(frozen=True)
 class RunStorage:
-    """The storage of one run.
+    """The storage of one run."""
 
-    Attributes:
-        local: folder of the files that must be local.
-        remote: URI of its copy in a bucket; None if the storage path is a folder.
-    """
-
-    local: Path
-    remote: str | None
+    local: Path  # folder of the files that must be local
+    remote: str | None  # URI of its copy in a bucket; None if the storage path is a folder
     _pushed: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)  # size, mtime
 
     @property
@@ -141,11 +136,7 @@ def newest_run(storage_path: str) -> str | None:
 
 
 def check_writable(storage_path: str) -> None:
-    """Refuse a storage path that is not writable.
-
-    Raises:
-        UserError: it cannot be reached or written.
-    """
+    """Refuse (UserError) a storage path that cannot be reached or written."""
     if is_uri(storage_path):
         try:
             _info(storage_path)
@@ -184,11 +175,7 @@ def existing_folder(storage_path: str) -> Path:
 
 
 def check_owner(folder: Path) -> None:
-    """Refuse the folder of another user, since its files determine what this process loads.
-
-    Raises:
-        UserError: it belongs to another user.
-    """
+    """Refuse (UserError) the folder of another user, since its files determine what this process loads."""
     if not is_own(folder):
         raise UserError(f"{folder} belongs to user {folder.stat().st_uid}, not to you; only your own runs are resumed")
 
