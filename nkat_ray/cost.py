@@ -15,6 +15,7 @@ SCORE_COPIES: Final = 6  # activations of shape (heads, tokens, tokens) that it 
 STEM_COPIES: Final = 8  # activations of shape (64, 16, 16) that the stem keeps
 FLOPS_PER_PARAMETER_AND_TOKEN: Final = 6  # forward 2, backward 4
 CHECKPOINT_BYTES: Final = 20  # per parameter: weights, two moments and average of the state, and the best weights
+STEM_PARAMETERS: Final = {"off": (0, 3), "tiny": (19_584, 64), "small": (223_808, 128)}  # and the channels it returns
 CPU_PROCESS_BYTES: Final = 500 * 2**20  # of Python, torch and Ray in one worker, without shared libraries
 RECOMPUTE_BYTES: Final = 4 * GIB  # of a step; above it a CPU computes activations twice
 GPU_CONTEXT_BYTES: Final = 900 * 2**20  # CUDA context and kernels of a process (854 MiB on an H100)
@@ -24,6 +25,12 @@ def parameter_estimate(config: TrialConfig) -> int:
     """Estimate the number of parameters: blocks and embeddings without biases and stem (within 10 % in the spaces)."""
     block = (4 + 2 * config.mlp_ratio) * config.embed_dim**2
     return int(config.depth * block + config.tokens * config.embed_dim)
+
+
+def stored_parameters(config: TrialConfig) -> int:
+    """Estimate the parameters in a file: with stem and patch embedding, which are most of a small network."""
+    stem, channels = STEM_PARAMETERS[config.conv_stem]
+    return parameter_estimate(config) + stem + channels * config.patch_size**2 * config.embed_dim
 
 
 def epoch_flops(config: TrialConfig, images: int) -> float:

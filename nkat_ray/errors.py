@@ -31,11 +31,7 @@ def suggestion(word: str, allowed: Iterable[object]) -> str:
 
 
 def one_line(error: object) -> str:
-    """Shorten an error, or its text, to its last line that is not empty, which in a traceback is the exception.
-
-    Returns:
-        At most 500 characters; the name of the type if the text is empty.
-    """
+    """Shorten an error to its last line with text (in a traceback the exception), 500 characters at most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:500] if lines else type(error).__name__
 

@@ -6,6 +6,7 @@ Checks, error messages, the command line, its help and docs/reference.md all use
 import dataclasses
 import functools
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Hashable
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn, cast, get_args, get
 
 from nkat_ray.errors import UserError
 
+UTF8_ADVICE: Final = "; set PYTHONUTF8=1"
 LARGEST: Final = 2**53  # no number is larger: up to here a float holds every whole number
 
 
@@ -60,6 +62,11 @@ class Positional:
     """Mark a field whose value is typed without the field's name."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Mark a text as a path, or a URI."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FieldType:
     """The parts of a field's type."""
@@ -69,6 +76,7 @@ class FieldType:
     optional: bool = False  # None is allowed
     none_word: str | None = None
     positional: bool = False
+    place: bool = False  # a path
 
     def __str__(self) -> str:
         """Describe the allowed values: `a whole number, 1..48`."""
@@ -81,6 +89,7 @@ class FieldType:
             text = f"a tuple of {parts[0]}" if ... in args else f"({'; '.join(parts)})"
         else:
             text = names.get(self.core, str(self.core))
+            text += " with a path" if self.place and self.core is str else ""
             text += f", {self.bounds}" if self.bounds != Range() else ""
         return text + (f", or {self.none_word or 'None'}" if self.optional else "")
 
@@ -96,6 +105,7 @@ def field_type(hint: Hashable) -> FieldType:
         optional=types.NoneType in members,
         none_word=next((mark.word for mark in marks if isinstance(mark, NoneWord)), None),
         positional=any(isinstance(mark, Positional) for mark in marks),
+        place=members[0] is Path or any(isinstance(mark, Place) for mark in marks),
     )
 
 
@@ -121,7 +131,9 @@ class Checked:
             if type(value) is kind and low <= value <= high:  # most are numbers: without a call, for speed
                 continue
             if not allows(value):
-                self.refuse(name, f"allowed: {field_types(config)[name]}")
+                field = field_types(config)[name]
+                fault = place_fault(str(value)) if field.place and isinstance(value, str | Path) else ""
+                self.refuse(name, f"{fault}{'; ' if fault else ''}allowed: {field}")
 
     def refuse(self, name: str, allowed: str, advice: str = "") -> NoReturn:
         """Raise a UserError about a field: its value, what is allowed, what to do."""
@@ -171,4 +183,18 @@ def value_test(field: FieldType) -> Callable[[Any], bool]:
         abstract: Any = Integral if field.core is int else Real
         low, high = field.bounds.lowest, field.bounds.highest
         return lambda value: isinstance(value, abstract) and not isinstance(value, bool) and bool(low <= value <= high)
+    if field.place:
+        return lambda value: isinstance(value, field.core) and not place_fault(str(value))
     return lambda value: isinstance(value, origin or field.core)
+
+
+def place_fault(text: str) -> str:
+    """Return why a text cannot be a path (`Path("")` would be the current folder); an empty string if it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # its bytes were not decoded: Ray and JSON take only UTF-8
+        encoding = sys.getfilesystemencoding()
+        return f"it is not in {encoding}, Python's encoding of names here{'' if encoding == 'utf-8' else UTF8_ADVICE}"
+    if not text.strip():
+        return "it is empty"
+    return "it contains a NUL byte" if "\0" in text else ""

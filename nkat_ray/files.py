@@ -58,14 +58,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 def without_cut_line(path: Path) -> Path:
-    """Drop the last line of a file if a kill has cut it short, so that the next line does not begin inside it.
-
-    Args:
-        path: a file of lines; it may be missing.
-
-    Returns:
-        The path.
-    """
+    """Drop the last line of a file, which may be missing, if a kill has cut it short; return the path."""
     if path.exists():
         data = path.read_bytes()
         whole = data.rfind(b"\n") + 1

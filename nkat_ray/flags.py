@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, NoReturn, TypeVar, get_args, get_origin
 from nkat_ray import __version__
 from nkat_ray.config import ModelConfig, TrialConfig, field_names
 from nkat_ray.errors import UserError, suggestion
-from nkat_ray.fields import FieldType, field_type, field_types
+from nkat_ray.fields import FieldType, field_type, field_types, place_fault
 
 T = TypeVar("T", bound=Any)
 
@@ -61,6 +61,10 @@ class Program:
         if unknown:
             self._refuse_unknown(unknown[0])
         return vars(typed)
+
+    def configured(self, argv: Sequence[str]) -> Any:
+        """Return the configuration that a command line means; raises what `read` raises."""
+        return self.config(**self.read(argv))
 
     def take(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Convert settings given as Python values, by name of the field, to the types of the fields.
@@ -141,7 +145,6 @@ def takes_flags(program: Program, *, without: Collection[str] = ()) -> Callable[
     """Let a function take a program's flags as keyword arguments (`Program.take`), visible in `help` and completion.
 
     Args:
-        program: the command.
         without: flags that exist only on the command line.
     """
 
@@ -194,6 +197,8 @@ def value_of(name: str, kind: FieldType, words: Sequence[str]) -> Any:
         return None
     if get_origin(kind.core) is dict:
         return _pairs(name, words)
+    if kind.place and words and (fault := place_fault(words[0])):
+        raise UserError(f"{name} is {words[0]!r}; {fault}; allowed: {kind}")
     if get_origin(kind.core) is tuple:
         parts = get_args(kind.core)
         kinds = parts[:1] * len(words) if ... in parts else parts
@@ -221,19 +226,12 @@ def _readers(core: Any) -> Callable[[str], Any]:
     """Return the function that converts a word to a type; it raises a ValueError if the word does not fit."""
     if get_origin(core) is Literal:
         return partial(_choice, get_args(core))
-    readers: dict[Any, Callable[[str], Any]] = {int: int, float: float, Path: _path}
+    readers: dict[Any, Callable[[str], Any]] = {int: int, float: float, Path: Path}
     return readers.get(core, str)
 
 
 def _choice(choices: Sequence[Any], word: str) -> Any:
     return choices[[str(choice) for choice in choices].index(word)]
-
-
-def _path(word: str) -> Path:
-    """Convert a word to a path; refuse an empty one, which would mean the current folder, and one with a NUL byte."""
-    if not word.strip() or "\0" in word:
-        raise ValueError(word)
-    return Path(word)
 
 
 def _pairs(name: str, words: Sequence[str]) -> dict[str, float]:

@@ -132,6 +132,11 @@ def lambda_theory(lambda_model: str, *, conv_stem: str, embed_dim: int, nkat_par
     raise ValueError(f"lambda_model is {lambda_model!r}; it must be one of {', '.join(LAMBDA_MODELS)}")
 
 
+def modulation_bound(strength: float, alpha: float, beta: float) -> float:
+    """Return how far the modulation's factor can be from 1 (spec section 3), since tanh and sigmoid are within 1."""
+    return float(strength * (abs(alpha) + abs(beta)))
+
+
 def counts(accuracy: float | None, classes: int) -> bool:
     """Return whether a dataset counts: its accuracy is known and above chance, 1 / classes (spec section 2)."""
     return accuracy is not None and accuracy > 1 / classes

@@ -271,9 +271,9 @@ def build_run(
     if running:
         fake_journal(folder / JOURNAL_FILE, trials, curves)
     else:
-        tables.write_trials(folder / TRIALS_FILE, trials)
-        tables.write_curves(folder / CURVES_FILE, curves)
-        tables.write_stage2(folder / STAGE2_FILE, stage2)
+        tables.write_rows(folder / TRIALS_FILE, trials)
+        tables.write_rows(folder / CURVES_FILE, curves)
+        tables.write_rows(folder / STAGE2_FILE, stage2)
         tables.write_summary(folder / SUMMARY_FILE, summary)
     return FakeRun(folder, trials, curves, stage2, summary)
 

@@ -51,6 +51,37 @@ def test_a_bad_flag_is_refused_in_one_line_and_nothing_is_written(flags, said, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("here", "words", "said"),
+    [
+        ("", ["tune_round2.py", "--storage_path", "実験"], "storage_path is "),
+        ("", ["nkat", "data", "list", "--data_dir", "実験"], "data_dir is "),
+        ("", ["nkat", "report", "実験"], "runs is "),
+        ("", ["nkat", "stop", "実験", "1"], "run is "),
+        ("実験", ["tune_round2.py"], "storage_path is './runs', "),
+        ("実験", ["tune_round2.py", "--storage_path", "/tmp"], "the current folder is "),
+        ("", ["tune_round2.py", "--name", "実験"], "name is "),
+    ],
+)
+def test_names_that_python_cannot_decode_are_refused_before_anything_is_written(here, words, said, tmp_path):
+    """As in a container or under cron without a locale, where somebody has switched Python's UTF-8 mode off."""
+    (tmp_path / "実験").mkdir()
+    call = "main()" if words[0] == "nkat" else "raise SystemExit(tune(argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"from sys import argv; from nkat_ray.cli import main, tune; {call}", *words[1:]],
+        cwd=tmp_path / here,
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.count("\n") == 1
+    assert "it is not in ascii" in done.stderr or "allowed: 1..100 letters" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["実験"]
+
+
 def test_a_bad_flag_is_one_line_on_a_terminal_that_knows_ascii_alone(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "tune_round2.py", "--gate", "high"],

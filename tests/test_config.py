@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,14 +76,14 @@ RUN_RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("name", ["", ".", "..", "/tmp/run", "a/b", "a\\b", "../up", "a..b", "-rf", ".hidden", "a b", "a\n", "é",
               "a" * 101],
      ["a", "round2-20250601-120000", "A.b_c-9", "a" * 100, None]),
-    ("storage_path", ["", " "], ["./runs", "s3://bucket/runs"]),
+    ("storage_path", ["", " ", "a\0b", "\udce5"], ["./runs", "実験", "s3://bucket/runs"]),
     ("seed", [-1, 2**32, NAN], [0, 2**32 - 1]),
     ("gate", [0, 7, -0.6, 1.0001, NAN, INF], [1e-9, 0.29, 1]),
     ("lambda_model", ["", "optuna"], ["notes", "counted", "millions"]),
     ("space", [5], ["round2", "extended", "mine.toml"]),
     ("num_samples", [0, -1, 100_001, NAN], [1, 100_000]),
     ("sampler", ["", "TPE", "cmaes"], ["tpe", "random", "gp"]),
-    ("warm_start", ["", " "], ["round1", "runs/round1", None]),
+    ("warm_start", ["", " ", "a\0b", "\udce5"], ["round1", "runs/round1", None]),
     ("feedback", ["", "local", "on"], ["off", "global"]),
     ("log_to", ["", "neptune", "MLflow"], ["off", "mlflow", "wandb"]),
     ("scheduler", ["", "pbt", "off"], ["asha", "none"]),
@@ -264,6 +265,21 @@ def test_laptop_keeps_the_notes_gate_and_has_the_lowest_lambda() -> None:
     assert lambda_notes(run.conv_stem, run.embed_dim) == 20  # so that the gate asks for the least accuracy, 0.793
 
 
+@pytest.mark.slow
+def test_quick_reaches_what_it_promises(tmp_path: Path) -> None:
+    """Run the README's first command on real images; a survivor is scored on all test images of the four datasets."""
+    command = [sys.executable, "tune_round2.py", "--preset", "quick", "--name", "r", "--storage_path", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert 0 < len(summary["survivors"]) < summary["n_trials"] == 6  # the gate is between the trials
+    rows = pq.read_table(tmp_path / "r" / "stage2.parquet").to_pylist()
+    accuracy = {row["dataset"]: row["test_accuracy"] for row in rows if row["trial"] == summary["winner"]["trial"]}
+    least = {"mnist": 0.95, "fashion_mnist": 0.80, "emnist_letters": 0.80, "cifar10": 0.50}
+    assert {name: value for name, value in accuracy.items() if not value >= least[name]} == {}
+    assert set(accuracy) == set(least)
+    assert summary["winner"]["global_tpe"] > 0.53  # the notes' result before Round-2
+
+
 def test_a_preset_can_be_overridden_and_is_checked_again() -> None:
     assert RunConfig.from_preset("quick", gate=0.5).gate == 0.5
     with pytest.raises(ValueError, match="warmup is 1"):
@@ -371,6 +387,7 @@ def same_after_json(made: Any) -> None:
         (RunConfig, "storage_path", 5, "storage_path is 5; allowed: text"),
         (RunConfig, "datasets", ["cifar10"], "datasets is ['cifar10']; allowed: a tuple of text"),
         (RunConfig, "data_dir", "x", "data_dir is 'x'; allowed: a path, or None"),
+        (RunConfig, "data_dir", Path("a\0b"), "it contains a NUL byte; allowed: a path, or None"),
     ],
 )
 def test_a_value_of_another_type_is_refused(config: type, name: str, value: Any, said: str) -> None:

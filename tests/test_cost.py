@@ -16,6 +16,7 @@ from nkat_ray.cost import (
     parameter_estimate,
     peak_bytes,
     recomputes,
+    stored_parameters,
 )
 
 
@@ -37,6 +38,16 @@ def test_parameters_are_estimated_within_ten_percent_of_the_built_model(fields: 
 
     built = count_parameters(create_nkat_vit(config(**fields), num_classes=10))
     assert parameter_estimate(config(**fields)) == pytest.approx(built, rel=0.1)
+
+
+@pytest.mark.parametrize("stem", ["off", "tiny", "small"])
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_a_file_holds_the_stem_too_which_is_most_of_a_small_network(stem: str, patch_size: int) -> None:
+    from nkat_ray.model import count_parameters, create_nkat_vit
+
+    small = config(embed_dim=64, num_heads=4, depth=2, conv_stem=stem, patch_size=patch_size)
+    built = count_parameters(create_nkat_vit(small, num_classes=10))
+    assert stored_parameters(small) == pytest.approx(built, rel=0.1)
 
 
 def test_flops_are_six_per_parameter_token_and_image() -> None:

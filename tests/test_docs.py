@@ -89,7 +89,8 @@ def parse_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str
     )
 
     def read(name: str, argv: list[str]) -> object:
-        return importlib.import_module(f"nkat_ray.commands.{name}").read(argv)
+        command = importlib.import_module(f"nkat_ray.commands.{name}")
+        return (command.read if hasattr(command, "read") else command.PROGRAM.configured)(argv)
 
     return read
 

@@ -45,9 +45,9 @@ def config() -> TrialConfig:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a run's folder, its model included, the working directory."""
-    tables.write_trials(tmp_path / TRIALS_FILE, TRIALS)
+    tables.write_rows(tmp_path / TRIALS_FILE, TRIALS)
     curves = [{"trial": t, "epoch": e, "val_accuracy": 0.1 * e} for t, e in ((0, 1), (0, 2), (1, 1))]
-    tables.write_curves(tmp_path / CURVES_FILE, curves)
+    tables.write_rows(tmp_path / CURVES_FILE, curves)
     torch.manual_seed(0)
     mean = (0.25, 0.5, 0.75)
     weights = Weights(

@@ -92,8 +92,12 @@ def test_flags_become_values(typed: str, values: dict[str, Any]) -> None:
         (["--pair", "1", "x"], "pair is 'x'; allowed: a whole number"),
         (["--kind", "cow"], "kind is 'cow'; allowed: cat, dog, 3"),
         (["--kind", "dgo"], "kind is 'dgo'; allowed: cat, dog, 3; did you mean dog?"),
-        (["--out", ""], "out is ''; allowed: a path, or None"),
-        (["--out", "a\0b"], "out is 'a\\x00b'; allowed: a path, or None"),
+        (["--out", ""], "out is ''; it is empty; allowed: a path, or None"),
+        (["--out", "a\0b"], "out is 'a\\x00b'; it contains a NUL byte; allowed: a path, or None"),
+        (
+            ["--out", "\udce5"],
+            "out is '\\udce5'; it is not in utf-8, Python's encoding of names here; allowed: a path, or None",
+        ),
         (["--cuont", "4"], "there is no flag --cuont; did you mean --count?"),
         (["--zzz=4"], "there is no flag --zzz; `prog --help` lists the flags"),
         (["--flag", "yes", "--", "-x"], None),
@@ -166,7 +170,7 @@ def test_off_is_none() -> None:
             "space is 'extnded'; allowed: round2, extended, laptop, gpu, quick, or a file NAME.toml; "
             "did you mean extended?",
         ),
-        (["--data_dir", ""], "data_dir is ''; allowed: a path, or None"),
+        (["--data_dir", ""], "data_dir is ''; it is empty; allowed: a path, or None"),
     ],
 )  # fmt: skip
 def test_a_search_refuses_what_is_gone_or_misspelt(words: list[str], said: str) -> None:

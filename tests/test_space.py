@@ -142,8 +142,8 @@ def test_in_quick_both_first_trials_take_the_presets_sizes() -> None:
     space = space_of(QUICK).domains
     baseline, (round1, notes) = baseline_point(QUICK, space), round1_point(QUICK, space)
     assert (baseline["embed_dim"], baseline["depth"]) == (round1["embed_dim"], round1["depth"]) == (64, 2)
-    assert round1["conv_stem"] == baseline["conv_stem"]  # `off` is not in this space
-    assert f"conv_stem off -> {baseline['conv_stem']}" in notes
+    assert (baseline["lr"], round1["lr"]) == (QUICK.lr, 5e-4)
+    assert f"lr {ROUND1_BEST['lr']} -> 0.0005" in notes
 
 
 def test_round1_outside_the_bounds_is_clipped_with_a_note() -> None:

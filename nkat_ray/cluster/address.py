@@ -27,15 +27,10 @@ LEAVE_OUT: Final = "or leave it out for a local instance"
 
 @dataclass(frozen=True)
 class Address:
-    """The address of a Ray instance.
+    """The address of a Ray instance."""
 
-    Attributes:
-        value: `local`, `auto` or HOST:PORT.
-        source: origin of the value, e.g. `--address`.
-    """
-
-    value: str
-    source: str
+    value: str  # `local`, `auto` or HOST:PORT
+    source: str  # origin of the value, e.g. `--address`
 
     @property
     def phrase(self) -> str:
@@ -133,11 +128,7 @@ def _running_cluster(given: str) -> tuple[str, str]:
 
 
 def what_answers(host: str, port: int) -> str:
-    """Identify the server on a port, without Ray.
-
-    Returns:
-        `a gRPC server`, as a Ray cluster is; else a phrase that describes the server or the failure.
-    """
+    """Return what answers on a port: `a gRPC server`, as a Ray cluster is, else a phrase about it or the failure."""
     try:
         with socket.create_connection((host, port), timeout=CONNECT_S) as connection:
             connection.settimeout(ANSWER_S)

@@ -62,11 +62,7 @@ def storage_bucket(cluster_config: dict[str, Any]) -> str:
 
 
 def refuse_unedited(cluster_config: dict[str, Any]) -> None:
-    """Refuse a cluster.yaml whose two placeholders were not edited, before anything is created.
-
-    Raises:
-        UserError: states the placeholder.
-    """
+    """Refuse (UserError) a cluster.yaml whose two placeholders were not edited, before anything is created."""
     for cidr in _cidrs(cluster_config["provider"].get("security_group", {}).get("IpPermissions", [])):
         if cidr.startswith(PLACEHOLDER_NET):
             raise UserError(f"cluster.yaml allows ssh from {cidr}, an example; put your own address there, with /32")
@@ -101,11 +97,7 @@ def _without_rays_ssh_rule() -> Iterator[None]:
 
 
 def refuse_open_groups(config: dict[str, Any]) -> None:
-    """Refuse security groups that are open to the world, e.g. one that Ray created earlier under this name.
-
-    Raises:
-        UserError: states the group.
-    """
+    """Refuse (UserError) security groups open to the world, e.g. one that Ray created earlier under this name."""
     nodes = [node_type["node_config"] for node_type in config["available_node_types"].values()]
     ids = sorted({group for node in nodes for group in node["SecurityGroupIds"]})
     client = boto3.client("ec2", region_name=config["provider"]["region"])

@@ -4,19 +4,18 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import ray
 import yaml
 from ray.exceptions import AuthenticationError, NodeDiedError, TaskUnschedulableError, WorkerCrashedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nkat_ray.cluster.address import Address, choose_address, head_config, refuse_unreachable
-from nkat_ray.cluster.gpus import apple_gpus_unused, ask_gpus, known_gpus, this_machines_nodes, try_local_gpus
+from nkat_ray.cluster.gpus import apple_gpus_unused, ask_gpus, known_gpus, on_node, this_machines_nodes, try_local_gpus
 from nkat_ray.cluster.local import ensure_token, own_folder, place_for_ray
-from nkat_ray.cluster.resources import Cluster, Share, cluster_of, refuse_oversized
+from nkat_ray.cluster.resources import Cluster, cluster_of
 from nkat_ray.errors import UserError, one_line
 
 HEAD_RESOURCE: Final = "node:__internal_head__"  # a resource that only the head has
@@ -52,7 +51,6 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[str]:
 
     Args:
         address: as typed; None for the default (`choose_address`).
-        verbose: show Ray's own output.
 
     Raises:
         UserError: no Ray cluster answers at the address, it refuses this process, or no local one can start here.
@@ -92,11 +90,7 @@ def _start(folder: Path, *, verbose: bool) -> None:
 
 
 def _join(address: Address, *, verbose: bool) -> None:
-    """Connect to a cluster that has answered.
-
-    Raises:
-        UserError: the cluster refuses this process.
-    """
+    """Connect to a cluster that has answered; raise a UserError if it refuses this process."""
     try:
         _init(address.value, verbose=verbose)
     except (AuthenticationError, ConnectionError) as error:
@@ -139,13 +133,10 @@ def all_nodes() -> list[dict[str, Any]]:
 
 @functools.cache  # called every two seconds; the file does not change while a driver runs
 def nodes_to_come(config_file: Path) -> list[dict[str, Any]]:
-    """List every worker that the cluster's autoscaler may start, as `ray.nodes()` would.
+    """List every worker that the autoscaler may start, as `ray.nodes()` would, from what `ray up` left on the head.
 
     A search starts before its workers exist, so the resources of trials must not be derived from the head only. The
     list is empty if the file does not state the workers' resources, as for machines of your own.
-
-    Args:
-        config_file: configuration that `ray up` left on the head.
     """
     if not config_file.exists():
         return []
@@ -182,10 +173,6 @@ def describe_cluster(gpus_per_trial: float | None = None) -> Cluster:
 def planned_cluster(address: str | None, gpus_per_trial: float | None = None) -> Cluster:
     """Describe the cluster that a run with these flags would use, without starting an instance.
 
-    Args:
-        address: as typed.
-        gpus_per_trial: as typed.
-
     Raises:
         UserError: there is no cluster at the address, or torch cannot use a GPU.
     """
@@ -197,17 +184,6 @@ def planned_cluster(address: str | None, gpus_per_trial: float | None = None) ->
     return cluster_of(nodes, known_gpus(nodes, found))
 
 
-def refuse_infeasible(shares: Iterable[Share]) -> None:
-    """Refuse a request for resources that no node has, including nodes that may still start.
-
-    Raises:
-        UserError: states the request and the resources of the largest node.
-    """
-    nodes = all_nodes()
-    for share in set(shares):
-        refuse_oversized(share, nodes)
-
-
 def nodes_without(path: Path) -> list[str]:
     """Return the host names of the nodes where a file does not exist, which means that its folder is not shared.
 
@@ -215,8 +191,7 @@ def nodes_without(path: Path) -> list[str]:
     """
     check = ray.remote(num_cpus=0)(os.path.exists)
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    asked = [check.options(scheduling_strategy=s).remote(str(path)) for s in strategies]
+    asked = [check.options(scheduling_strategy=on_node(node)).remote(str(path)) for node in nodes]
     return [
         node["NodeManagerHostname"] for node, ref in zip(nodes, asked, strict=True) if _answer(ref) is False
     ]  # fmt: skip

@@ -25,29 +25,17 @@ MPS_PIPE: Final = "CUDA_MPS_PIPE_DIRECTORY"
 
 @dataclass(frozen=True, kw_only=True)
 class GpuFacts:
-    """The result of testing one GPU.
+    """The result of testing one GPU."""
 
-    Attributes:
-        name: torch's name for it, which also identifies a MIG slice.
-        memory_bytes: memory; 0 if unknown.
-        processors: number of streaming multiprocessors; 0 if unknown.
-        fault: why torch cannot use it; None if torch can, or if it is busy.
-        busy: whether another process uses it, so that torch could not be tested.
-    """
-
-    name: str = ""
-    memory_bytes: int = 0
-    processors: int = 0
-    fault: str | None = None
-    busy: bool = False
+    name: str = ""  # torch's name for it, which also identifies a MIG slice
+    memory_bytes: int = 0  # 0 if unknown
+    processors: int = 0  # number of streaming multiprocessors; 0 if unknown
+    fault: str | None = None  # why torch cannot use it; None if torch can, or if it is busy
+    busy: bool = False  # whether another process uses it, so that torch could not be tested
 
 
 def try_gpu(index: int = 0) -> GpuFacts:
-    """Test a GPU of this process with a small computation, and describe it.
-
-    Args:
-        index: index among the GPUs that this process sees.
-    """
+    """Test a GPU of this process with a small computation, and describe it."""
     import torch
 
     from nkat_ray.train.device import BUSY, gpu_fault
@@ -112,14 +100,7 @@ def mps_runs() -> bool:
 
 
 def ask_gpus(nodes: Sequence[Mapping[str, Any]]) -> dict[str, list[GpuFacts]]:
-    """Test every GPU that Ray offers; one that stays occupied for a minute counts as busy.
-
-    Args:
-        nodes: as `ray.nodes()` lists them.
-
-    Returns:
-        Id of each living node with GPUs -> results of its GPUs.
-    """
+    """Test all GPUs that Ray offers, and return the results by node id; one occupied for a minute counts as busy."""
     with_gpus = [node for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
     free = ray._private.state.available_resources_per_node()
     asked = {node["NodeID"]: _tries(node, free.get(node["NodeID"], {}).get("GPU", 0.0)) for node in with_gpus}
@@ -139,7 +120,7 @@ def _tries(node: Mapping[str, Any], free: float) -> list[Any]:
     """Submit one test per GPU of a node; none if all GPUs are occupied."""
     gpus = node["Resources"]["GPU"]
     share = MORE_THAN_HALF if gpus >= 1 else gpus
-    task = ray.remote(num_cpus=0, num_gpus=share, max_retries=0)(try_gpu).options(scheduling_strategy=_on(node))
+    task = ray.remote(num_cpus=0, num_gpus=share, max_retries=0)(try_gpu).options(scheduling_strategy=on_node(node))
     return [task.remote() for _ in range(max(1, int(gpus)))] if free >= share else []
 
 
@@ -153,7 +134,7 @@ def _answer(reference: Any) -> GpuFacts:
 
 def _busy(node: Mapping[str, Any]) -> list[GpuFacts]:
     """Describe a node's busy GPUs, whose memory the driver still reports."""
-    task = ray.remote(num_cpus=0, max_retries=0)(driver_memory).options(scheduling_strategy=_on(node))
+    task = ray.remote(num_cpus=0, max_retries=0)(driver_memory).options(scheduling_strategy=on_node(node))
     try:
         sizes = ray.get(task.remote(), timeout=ANSWER_S)
     except RayError:
@@ -161,7 +142,8 @@ def _busy(node: Mapping[str, Any]) -> list[GpuFacts]:
     return [GpuFacts(memory_bytes=size, busy=True) for size in sizes] or [GpuFacts(busy=True)]
 
 
-def _on(node: Mapping[str, Any]) -> NodeAffinitySchedulingStrategy:
+def on_node(node: Mapping[str, Any]) -> NodeAffinitySchedulingStrategy:
+    """Return the strategy that runs a task on one node only."""
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
 
 
@@ -169,7 +151,6 @@ def known_gpus(nodes: Sequence[Mapping[str, Any]], found: Mapping[str, Sequence[
     """Describe each kind of GPU by its smallest one.
 
     Args:
-        nodes: as `ray.nodes()` lists them.
         found: id of a node -> results of its GPUs.
 
     Raises:

@@ -17,6 +17,7 @@ from typing import Final
 from filelock import FileLock, Timeout
 
 from nkat_ray.errors import UserError
+from nkat_ray.fields import place_fault
 from nkat_ray.files import is_own
 
 PREFIX: Final = "nkat-"
@@ -34,8 +35,11 @@ def place_for_ray() -> Path:
     $RAY_TMPDIR if it is set, else the first of $TMPDIR, /tmp and /var/tmp that is writable and short enough.
 
     Raises:
-        UserError: there is none; states the reason for each.
+        UserError: there is none (states the reason for each), or Ray cannot start in the current folder.
     """
+    here = str(Path.cwd())
+    if fault := place_fault(here):
+        raise UserError(f"the current folder is {here!r}; {fault}")
     typed = os.environ.get("RAY_TMPDIR")
     places = [typed] if typed else list(dict.fromkeys([tempfile.gettempdir(), *USUAL_PLACES]))
     reasons = {place: _unfit(Path(place)) for place in places}
@@ -53,6 +57,8 @@ def _unfit(place: Path) -> str | None:
     """Return why Ray cannot use a folder; None if it can."""
     if len(os.fsencode(place)) > LONGEST_PLACE and sys.platform != "win32":  # Ray uses no such sockets on Windows
         return f"has {len(os.fsencode(place))} bytes"
+    if fault := place_fault(str(place)):
+        return fault.removeprefix("it ")
     try:
         tempfile.TemporaryDirectory(dir=place).cleanup()
     except OSError as error:

@@ -16,9 +16,8 @@ from typing import Any, Final
 import pyarrow.fs
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nkat_ray.cluster.gpus import GpuFacts, ask_gpus, driver_gpus, mps_runs
+from nkat_ray.cluster.gpus import GpuFacts, ask_gpus, driver_gpus, mps_runs, on_node
 from nkat_ray.errors import one_line
 from nkat_ray.files import nearest_existing
 from nkat_ray.record.storage import is_uri
@@ -31,67 +30,41 @@ MARKER: Final = "marker"
 
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """One file system that a run on a node writes to.
+    """One file system that a run on a node writes to."""
 
-    Attributes:
-        purpose: contents that a run writes there.
-        path: the folder.
-        free_bytes: free space.
-        total_bytes: size of the file system.
-    """
-
-    purpose: str
+    purpose: str  # contents that a run writes there
     path: str
     free_bytes: int
-    total_bytes: int
+    total_bytes: int  # size of the file system
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFacts:
-    """Facts about one node, or the error that prevented its answer.
+    """Facts about one node, or the error that prevented its answer."""
 
-    Attributes:
-        name: host name, as Ray reports it.
-        error: error of the node; the other attributes are then empty. None if it answered.
-        python: version of Python.
-        versions: package and version (`-` if it is missing), and a digest of this package's own code.
-        ray_gpus: number of GPUs that Ray offers.
-        gpus: test results of these GPUs; empty if they were not tested.
-        driver_gpus: number of GPUs that the NVIDIA driver reports.
-        mps: whether NVIDIA's multi-process service runs.
-        disks: file systems that a run writes to.
-        store_bytes: size of the object store.
-        shared_memory_bytes: size of /dev/shm, which contains the store if it fits; None without /dev/shm.
-        skew_s: least difference of the node's clock from this process's, in seconds.
-        token: whether its processes require the cluster's token.
-        dashboard: addresses, except loopback, on which the dashboard's port is open; None if unknown.
-        storage_error: why the node cannot use the storage path; None if it reads this process's file and writes one.
-    """
-
-    name: str
-    error: str | None = None
-    python: str = ""
+    name: str  # host name, as Ray reports it
+    error: str | None = None  # error of the node; the other attributes are then empty. None if it answered
+    python: str = ""  # version of Python
+    # package and version (`-` if it is missing), and a digest of this package's own code
     versions: tuple[tuple[str, str], ...] = ()
-    ray_gpus: float = 0.0
-    gpus: tuple[GpuFacts, ...] = ()
-    driver_gpus: int = 0
+    ray_gpus: float = 0.0  # number of GPUs that Ray offers
+    gpus: tuple[GpuFacts, ...] = ()  # test results of these GPUs; empty if they were not tested
+    driver_gpus: int = 0  # number of GPUs that the NVIDIA driver reports
     mps: bool = False
-    disks: tuple[Disk, ...] = ()
+    disks: tuple[Disk, ...] = ()  # file systems that a run writes to
     store_bytes: int = 0
+    # size of /dev/shm, which contains the store if it fits; None without /dev/shm
     shared_memory_bytes: int | None = None
-    skew_s: float = 0.0
-    token: bool = False
+    skew_s: float = 0.0  # least difference of the node's clock from this process's, in seconds
+    token: bool = False  # whether its processes require the cluster's token
+    # addresses, except loopback, on which the dashboard's port is open; None if unknown
     dashboard: tuple[str, ...] | None = ()
+    # why the node cannot use the storage path; None if it reads this process's file and writes one
     storage_error: str | None = None
 
 
 def node_facts(storage_path: str, *, with_gpus: bool = True) -> list[NodeFacts]:
-    """Collect the facts of every living node of the connected Ray instance; the storage path is left unchanged.
-
-    Args:
-        storage_path: folder or bucket URI of the runs.
-        with_gpus: test every GPU that Ray offers.
-    """
+    """Collect the facts of every living node of the connected Ray instance; the storage path is left unchanged."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     port = dashboard_port(ray._private.worker.get_dashboard_url())
     gpus = ask_gpus(nodes) if with_gpus else {}
@@ -106,8 +79,8 @@ def node_facts(storage_path: str, *, with_gpus: bool = True) -> list[NodeFacts]:
 
 
 def _on(node: Mapping[str, Any], function: Any, *arguments: Any) -> Any:
-    strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=strategy).remote(*arguments)
+    task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=on_node(node))
+    return task.remote(*arguments)
 
 
 def _answer(node: Mapping[str, Any], reference: Any, gpus: Sequence[GpuFacts]) -> NodeFacts:
@@ -131,13 +104,7 @@ def _answer(node: Mapping[str, Any], reference: Any, gpus: Sequence[GpuFacts]) -
 
 
 def clock_skew_s(before: float, there: float, after: float) -> float:
-    """Return the least possible difference of two clocks in seconds.
-
-    Args:
-        before: reading of this clock before the other one.
-        there: reading of the other clock.
-        after: reading of this clock after the other one.
-    """
+    """Return the least possible difference of two clocks in seconds; `there` was read between the other two."""
     return max(0.0, before - there, there - after)
 
 
@@ -195,12 +162,7 @@ def code_digest(folder: Path) -> str:
 
 
 def disks(storage: str, session: str) -> tuple[Disk, ...]:
-    """Measure the file systems that a run writes to on this machine.
-
-    Args:
-        storage: the storage path, a folder or a URI.
-        session: Ray's folder for logs and spilled objects.
-    """
+    """Measure the file systems that a run writes to on this machine."""
     places = {"storage": storage, "Ray's logs and spilled objects": session, "checkpoints": tempfile.gettempdir()}
     return tuple(_disk(purpose, Path(path)) for purpose, path in places.items() if not is_uri(path))
 

@@ -28,7 +28,6 @@ def problem(endpoint: str, *, found: bool) -> str | None:
     """Return why a driver on this machine could not connect; None if it could.
 
     Args:
-        endpoint: HOST:PORT.
         found: whether Ray found the address itself (`auto`), in which case it also uses the user's token.
     """
     if found:

@@ -6,7 +6,7 @@ are few distinct shares, because Ray reuses a worker process only for trials wit
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Final
@@ -28,36 +28,23 @@ KIND_REQUEST: Final = 0.001  # amount of that resource, enough to keep a trial o
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One kind of GPU.
+    """One kind of GPU."""
 
-    Attributes:
-        kind: Ray's name for it, e.g. `A10G`; empty if Ray has none.
-        memory_bytes: memory of one GPU, or of one MIG slice.
-        processors: number of streaming multiprocessors; 0 if unknown.
-        assumed: whether the memory is assumed rather than known.
-    """
-
-    kind: str = ""
-    memory_bytes: int = ASSUMED_GPU_BYTES
-    processors: int = 0
-    assumed: bool = False
+    kind: str = ""  # Ray's name for it, e.g. `A10G`; empty if Ray has none
+    memory_bytes: int = ASSUMED_GPU_BYTES  # memory of one GPU, or of one MIG slice
+    processors: int = 0  # number of streaming multiprocessors; 0 if unknown
+    assumed: bool = False  # whether the memory is assumed rather than known
 
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """The resources of one node.
-
-    Attributes:
-        cpus: number of cores.
-        memory_bytes: memory for tasks, without the object store; None for a node that has not started yet.
-        gpus: number of GPUs that Ray offers.
-        gpu: kind of the GPUs; None without GPUs.
-    """
+    """The resources of one node."""
 
     cpus: int
+    # memory for tasks, without the object store; None for a node that has not started yet
     memory_bytes: int | None = None
-    gpus: float = 0.0
-    gpu: Gpu | None = None
+    gpus: float = 0.0  # number of GPUs that Ray offers
+    gpu: Gpu | None = None  # kind of the GPUs; None without GPUs
 
 
 @dataclass(frozen=True)
@@ -88,19 +75,12 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The resources that one trial, or one task of Stage 2, requests from a node.
+    """The resources that one trial, or one task of Stage 2, requests from a node."""
 
-    Attributes:
-        cpus: number of cores, >= 1.
-        gpus: share of one GPU, 0..1.
-        memory_bytes: memory of the node; 0 for no request.
-        kind: kind of GPU, if the cluster has several; empty for any.
-    """
-
-    cpus: int
-    gpus: float
-    memory_bytes: int = 0
-    kind: str = ""
+    cpus: int  # number of cores, >= 1
+    gpus: float  # share of one GPU, 0..1
+    memory_bytes: int = 0  # memory of the node; 0 for no request
+    kind: str = ""  # kind of GPU, if the cluster has several; empty for any
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -157,9 +137,6 @@ def trial_share(config: TrialConfig, run: RunConfig, cluster: Cluster, *, kind: 
     """Compute the resources of a trial: the numbers that the user typed, else numbers that suit the cluster.
 
     Args:
-        config: configuration of the trial.
-        run: configuration of the search.
-        cluster: nodes that the run uses.
         kind: kind of GPU for the trial; if empty, the share fits on each kind.
     """
     if not on_gpus(run, cluster):
@@ -198,8 +175,6 @@ def room(run: RunConfig, cluster: Cluster, configs: Sequence[TrialConfig] = ()) 
     never exceeds `wanted`.
 
     Args:
-        run: configuration of the search.
-        cluster: nodes that the run uses.
         configs: corners of the search space, the largest of which must fit; the baseline if empty.
     """
     gpus = on_gpus(run, cluster)
@@ -287,13 +262,7 @@ def _memory_request(config: TrialConfig, cluster: Cluster, cpus: int) -> int:
 
 
 class Kinds:
-    """Choose the kind of GPU of each trial of a search: if there are several, the one with the most free slots.
-
-    Args:
-        run: configuration of the search.
-        cluster: nodes that the run uses.
-        state: state of the journal, which shows the trials that have ended.
-    """
+    """Choose the kind of GPU of each trial of a search: if there are several, the one with the most free slots."""
 
     def __init__(self, run: RunConfig, cluster: Cluster, state: RunState) -> None:
         self._run, self._cluster, self._state = run, cluster, state
@@ -311,8 +280,6 @@ def choose_kind(run: RunConfig, cluster: Cluster, busy: Mapping[str, int]) -> st
     """Choose the kind of GPU for the next trial: the one with the largest fraction of its slots free.
 
     Args:
-        run: configuration of the search.
-        cluster: nodes that the run uses.
         busy: kind -> number of trials that are running on it.
 
     Returns:
@@ -328,31 +295,25 @@ def choose_kind(run: RunConfig, cluster: Cluster, busy: Mapping[str, int]) -> st
     return min(fit, key=taken)
 
 
-def refuse_oversized(share: Share, nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a request that no node can satisfy, for which Ray would wait forever without a message.
-
-    Args:
-        share: resources of a trial.
-        nodes: as `ray.nodes()` lists them.
+def refuse_oversized(shares: Iterable[Share], cluster: Cluster) -> None:
+    """Refuse a trial that no node has room for, now or later; Ray would wait forever without a message.
 
     Raises:
-        UserError: states the request and the resources of the largest node.
+        UserError: states what the trial needs and the resources of the largest node.
     """
-    alive = alive_resources(nodes)
-    if any(node.get("CPU", 0) >= share.cpus and node.get("GPU", 0) >= share.gpus for node in alive):
-        return
-    cpus, gpus = (max(node.get(kind, 0) for node in alive) for kind in ("CPU", "GPU"))
-    raise UserError(
-        f"a trial needs {share.cpus} CPU and {share.gpus:g} GPU; the largest node has {cpus:g} CPU and {gpus:g} "
-        "GPU; choose a smaller --cpus_per_trial or --gpus_per_trial"
-    )
+    cpus, gpus = (max(getattr(node, kind) for node in cluster.nodes) for kind in ("cpus", "gpus"))
+    for share in shares:
+        if not any(node.cpus >= share.cpus and node.gpus >= share.gpus for node in cluster.nodes):
+            raise UserError(
+                f"a trial needs {share.cpus} CPU and {share.gpus:g} GPU; the largest node has {cpus:g} CPU and "
+                f"{gpus:g} GPU; choose a smaller --cpus_per_trial or --gpus_per_trial"
+            )
 
 
 def cluster_of(nodes: Sequence[Mapping[str, Any]], gpus: Mapping[str, Gpu]) -> Cluster:
     """Describe the cluster.
 
     Args:
-        nodes: as `ray.nodes()` lists them.
         gpus: name -> known kind of GPU; the memory of other kinds is assumed.
     """
     return Cluster(tuple(_node_of(resources, gpus) for resources in alive_resources(nodes)))

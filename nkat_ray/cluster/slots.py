@@ -11,10 +11,8 @@ class Slots:
     """The current number of slots.
 
     Args:
-        number: number at the start.
         count: counts the slots of the cluster as it is now.
         on_change: called with each new number.
-        clock: returns the time in seconds.
     """
 
     def __init__(

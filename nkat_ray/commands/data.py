@@ -97,7 +97,7 @@ def read(argv: Sequence[str]) -> Command:
     if name not in PROGRAMS:
         near = suggestion(name, PROGRAMS)
         raise UserError(f"there is no subcommand {name!r}{near or '; allowed: ' + ', '.join(PROGRAMS)}")
-    command: Command = PROGRAMS[name].config(**PROGRAMS[name].read(rest))
+    command: Command = PROGRAMS[name].configured(rest)
     return command
 
 

@@ -9,19 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 from rich.markup import escape
 from rich.table import Table
 
-from nkat_ray.config import (
-    STAGE1_DATASET,
-    AutoFloat,
-    DataConfig,
-    ScreenConfig,
-    default_storage_path,
-    refuse_empty_storage_path,
-)
+from nkat_ray.config import STAGE1_DATASET, AutoFloat, DataConfig, ScreenConfig, default_storage_path
 from nkat_ray.cost import GIB
 from nkat_ray.data import DataError
 from nkat_ray.data.catalogue import dataset_table
 from nkat_ray.errors import DONE, UNHEALTHY, UserError, one_line
-from nkat_ray.fields import Range
+from nkat_ray.fields import Place, Range
 from nkat_ray.flags import Program
 from nkat_ray.metrics import STAGE2_DATASETS
 from nkat_ray.record.storage import check_writable, is_uri, run_storage
@@ -43,14 +36,10 @@ class DoctorConfig(DataConfig, ScreenConfig):
 
     address: str | None = None
     """Ray cluster: HOST:PORT, auto or local. Default: as a run would choose it."""
-    storage_path: str = dataclasses.field(default_factory=default_storage_path)
+    storage_path: Annotated[str, Place()] = dataclasses.field(default_factory=default_storage_path)
     """Folder, or bucket URI, that every node must write. Default: $NKAT_STORAGE_PATH, else ./runs."""
     gpus_per_trial: Annotated[AutoFloat, Range(ge=0, le=1)] = None
     """Share of a GPU per trial, as for a run. With 0 no GPU is tried."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_empty_storage_path(self, self.storage_path)
 
 
 PROGRAM = Program(
@@ -63,14 +52,9 @@ PROGRAM = Program(
 
 def main(argv: Sequence[str]) -> int:
     """Check the machine or the cluster that the command line names."""
-    config = read(argv)
+    config = PROGRAM.configured(argv)
     with screen_of(config) as screen:
         return doctor(config, screen)
-
-
-def read(argv: Sequence[str]) -> DoctorConfig:
-    """Read the configuration from the command line."""
-    return DoctorConfig(**PROGRAM.read(argv))
 
 
 @dataclass(frozen=True)
@@ -79,8 +63,7 @@ class Check:
 
     name: str
     ok: bool
-    detail: str
-    """What was found; for a fault also the node and what to do."""
+    detail: str  # what was found; for a fault also the node and what to do
 
 
 def doctor(config: DoctorConfig, screen: Screen) -> int:

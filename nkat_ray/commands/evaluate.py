@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from nkat_ray.cluster.resources import trial_share
+from nkat_ray.cluster.resources import refuse_oversized, trial_share
 from nkat_ray.config import (
     ClusterConfig,
     DataConfig,
@@ -146,7 +146,6 @@ def with_defaults_of(target: Path, *, official: bool = False) -> EvaluateConfig:
     A run's own settings and data are the defaults, so that the evaluation equals the run's Stage 2.
 
     Args:
-        target: folder of a run or of a model.
         official: whether to leave out the run's limits on images, so that all images are used.
 
     Raises:
@@ -163,10 +162,6 @@ def with_defaults_of(target: Path, *, official: bool = False) -> EvaluateConfig:
 def evaluate(config: EvaluateConfig, screen: Screen) -> int:
     """Evaluate a target and print the report.
 
-    Args:
-        config: the command's configuration.
-        screen: receives the progress and the report.
-
     Returns:
         The exit code: 0, or 1 if no dataset counts.
 
@@ -174,7 +169,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
         UserError: the target is neither a run nor a model, or has no trial to evaluate; or a dataset is missing or
             differs from the run's.
     """
-    from nkat_ray.cluster.connect import connected, describe_cluster, refuse_infeasible
+    from nkat_ray.cluster.connect import connected, describe_cluster
     from nkat_ray.search.vault import open_vault
     from nkat_ray.stage2.stage2 import Stage2
     from nkat_ray.stage2.survivor import model_survivor, survivor_of
@@ -195,7 +190,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
         survivors = [survivor_of(record, run, cluster) for record in records] or [
             model_survivor(config.target, trial_share(run.trial, run, cluster))
         ]
-        refuse_infeasible(survivor.share for survivor in survivors)
+        refuse_oversized((survivor.share for survivor in survivors), cluster)
         out.mkdir(parents=True)
         tables.write_json(out / CONFIG_FILE, {**dataclasses.asdict(config), "notices": notices})
         journal = Journal(out)
@@ -208,7 +203,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> int:
             stage2 = Stage2(context, cluster=cluster, vault=open_vault(out.name), observer=observer)
             winner = stage2.evaluate(survivors)
     rows = list(journal.state.tested.values())
-    tables.write_stage2(out / STAGE2_FILE, rows, metadata={"notices": "; ".join(notices)} if notices else None)
+    tables.write_rows(out / STAGE2_FILE, rows, metadata={"notices": "; ".join(notices)} if notices else None)
     code = DONE if scoring.datasets_counted(rows, winner) else FAULT
     summary = _summary(run, rows, winner, describe_data(datasets), notices)
     final_report(summary, [], rows, screen)

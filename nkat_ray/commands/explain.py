@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from nkat_ray.config import DataConfig
-from nkat_ray.data import Dataset, Missing, open_dataset, split_validation, stratified_subset
+from nkat_ray.data import Dataset, split_validation, stratified_subset
 from nkat_ray.data.pictures import common_shape, decode, kinds
 from nkat_ray.data.selection import validation_size
 from nkat_ray.data.spec import KNOWN
+from nkat_ray.data.suite import need_dataset
 from nkat_ray.errors import UserError
 from nkat_ray.explain.network import Batch, Network
 from nkat_ray.explain.page import PAGE_FILE, Explanation, explanation_page
@@ -55,12 +56,7 @@ PROGRAM = Program(
 
 def main(argv: Sequence[str]) -> int:
     """Explain the model that the command line names; return the exit code."""
-    return explain(read(argv), Screen())
-
-
-def read(argv: Sequence[str]) -> ExplainConfig:
-    """Read the configuration from the command line."""
-    return ExplainConfig(**PROGRAM.read(argv))
+    return explain(PROGRAM.configured(argv), Screen())
 
 
 def explain(config: ExplainConfig, console: Console) -> int:
@@ -79,7 +75,10 @@ def explain(config: ExplainConfig, console: Console) -> int:
     weights = read_weights(source)
     network = Network(weights)
     named = config.dataset is None and weights.dataset in KNOWN  # then the classes' names need no data
-    dataset = None if files and named else _open(config, weights, console)
+    dataset = None
+    if not (files and named):
+        name = config.dataset or weights.dataset
+        dataset = need_dataset(name, config, console, advice="name its folder with --data_dir")
     names = class_names(dataset, weights)
     if files:
         batch, what = _from_files(files, names, grey=weights.grey), "images given"
@@ -174,14 +173,6 @@ def _requested_images(images: Sequence[str]) -> tuple[int, list[Path]]:
         if not file.is_file():
             raise UserError(f"images holds {str(file)!r}; there is no such file; give a number or image files")
     return len(files), files
-
-
-def _open(config: ExplainConfig, weights: Any, console: Console) -> Dataset:
-    name = config.dataset or weights.dataset
-    found = open_dataset(name, config, notice=lambda text: console.print(f"note: {text}", markup=False))
-    if isinstance(found, Missing):
-        raise UserError(f"dataset {name!r} is missing: {found.reason}; name its folder with --data_dir")
-    return found
 
 
 def _validation(dataset: Dataset, val_images: int, most: int) -> Batch:

@@ -42,18 +42,14 @@ def recalculate(config: EvaluateConfig, screen: Screen) -> int:
 
     Work that an earlier call of the same command finished is not repeated.
 
-    Args:
-        config: the command's configuration.
-        screen: receives the progress and the report.
-
     Returns:
         The exit code: 0, or 1 if no dataset counts or a training failed.
 
     Raises:
         UserError: the target is not a run with a winner, or its folder `official` holds another recalculation.
     """
-    from nkat_ray.cluster.connect import connected, describe_cluster, refuse_infeasible
-    from nkat_ray.cluster.resources import trial_share
+    from nkat_ray.cluster.connect import connected, describe_cluster
+    from nkat_ray.cluster.resources import refuse_oversized, trial_share
     from nkat_ray.search.searcher import trial_seed
 
     run = official_run(config)
@@ -65,7 +61,7 @@ def recalculate(config: EvaluateConfig, screen: Screen) -> int:
     seeds = {number: trial_seed(run.seed, FIRST_SEED + number) for number in range(config.seeds)}
     with screen.entering("starting Ray", connected(run.address, verbose=run.verbose)):
         cluster = describe_cluster(run.gpus_per_trial)
-        refuse_infeasible([trial_share(run.trial, run, cluster)])
+        refuse_oversized([trial_share(run.trial, run, cluster)], cluster)
         journal = _open_journal(out, config)
         context = Run(config=run, domains={}, datasets=datasets, storage=RunStorage(out, None), journal=journal)
         try:
@@ -77,7 +73,7 @@ def recalculate(config: EvaluateConfig, screen: Screen) -> int:
         finally:
             journal.close()
     rows = list(journal.state.tested.values())
-    tables.write_stage2(out / STAGE2_FILE, rows)
+    tables.write_rows(out / STAGE2_FILE, rows)
     scores = {number: scoring.result_scores(rows, number) for number in seeds}
     found = scoring.official(rows, list(seeds))
     code = DONE if scoring.datasets_counted(rows, winner) else FAULT

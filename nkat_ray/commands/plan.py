@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from nkat_ray.cluster.resources import Cluster, Share, on_gpus, room, trial_share
+from nkat_ray.cluster.resources import Cluster, Share, on_gpus, refuse_oversized, room, trial_share
 from nkat_ray.config import (
     EXPECTED,
     IMAGE_SIZE,
@@ -21,11 +21,11 @@ from nkat_ray.config import (
     TrialConfig,
     field_names,
 )
-from nkat_ray.cost import CHECKPOINT_BYTES, GIB, cpu_bytes, epoch_flops, least_epochs, parameter_estimate, peak_bytes
-from nkat_ray.data.catalogue import dataset_table
+from nkat_ray.cost import CHECKPOINT_BYTES, GIB, cpu_bytes, epoch_flops, least_epochs, peak_bytes, stored_parameters
+from nkat_ray.data.catalogue import find_datasets
 from nkat_ray.data.selection import validation_size
 from nkat_ray.data.spec import KNOWN
-from nkat_ray.errors import DONE, UserError
+from nkat_ray.errors import DONE, UserError, suggestion
 from nkat_ray.fields import field_types
 from nkat_ray.flags import typed_text
 from nkat_ray.metrics import ASSUMED_ACCURACY
@@ -43,7 +43,10 @@ PROBE_EPOCHS: Final = 3  # on a GPU, where the first one warms up
 START_S: Final = 30.0  # from the command to the first step: Ray, images, processes
 SLOWER: Final = 1.6  # training time / time of the probe: augmentation, optimizer, a busy machine
 MOST_NAMED: Final = 8  # largest number of searched parameters that are listed without --verbose
-KEPT_CHECKPOINTS: Final = 2  # per running trial
+KEPT_CHECKPOINTS: Final = 2  # per trial that runs or passed the gate
+WEIGHT_BYTES: Final = 4  # per parameter
+PAGES_BYTES: Final = 8e6  # report.html, with plotly in it, and TensorBoard's pictures
+TRIAL_BYTES: Final = 1e5  # curves of a trial in the journal, the tables and TensorBoard
 WITHOUT_EFFECT: Final = {*field_names(DataConfig), *field_names(ClusterConfig), "storage_path", "log_to"}  # on scores
 NOT_COMPARED: Final = {*field_names(ScreenConfig), "verbose", "preset", "name", "resume", "dry_run"}
 
@@ -80,6 +83,7 @@ def plan_of(run: RunConfig, space: SearchSpace, cluster: Cluster) -> dict[str, s
     """Return the lines of a plan, label -> text."""
     corners = corner_configs(run, space.domains)
     shares = [trial_share(config, run, cluster) for config in corners]
+    refuse_oversized(shares, cluster)
     there = room(run, cluster, corners)
     at_a_time, speed = there.slots, measured_flops_per_s(typical(corners), on_gpu=on_gpus(run, cluster))
     images = run.train_images or KNOWN[STAGE1_DATASET].release.sizes["train"] - run.val_images
@@ -152,20 +156,31 @@ def stage2_time(run: RunConfig, configs: Sequence[TrialConfig], *, at_a_time: in
 
 def disk(run: RunConfig, configs: Sequence[TrialConfig], *, at_a_time: int) -> str:
     """Estimate the most disk space that a run needs in its storage path; return it with the free space there."""
-    parameters = max(map(parameter_estimate, configs))
-    kept = KEPT_CHECKPOINTS * at_a_time + run.num_samples  # of running trials; one per survivor, at most
-    text = f"at most {kept * parameters * CHECKPOINT_BYTES / 1e9:.2g} GB below {run.storage_path}"
+    checkpoints = KEPT_CHECKPOINTS * run.num_samples + at_a_time  # if all pass; one more while a trial writes it
+    weights = len(run.datasets) * run.num_samples + 2  # Stage 2's, and those of best/
+    per_parameter = CHECKPOINT_BYTES * checkpoints + WEIGHT_BYTES * weights
+    total = per_parameter * max(map(stored_parameters, configs)) + PAGES_BYTES + TRIAL_BYTES * run.num_samples
+    text = f"at most {total / 1e9:.2g} GB below {run.storage_path}"
     if is_uri(run.storage_path):
         return text
     return f"{text}; {shutil.disk_usage(existing_folder(run.storage_path)).free / 1e9:.3g} GB are free"
 
 
 def downloads(run: RunConfig) -> str:
-    """Return the datasets that would be downloaded, or that are missing from the data folder."""
+    """Return the datasets that would be downloaded, or that are missing from the data folder.
+
+    Raises:
+        UserError: a file is damaged, or a dataset of the user's own is missing.
+    """
+    rows = find_datasets(run, run.datasets)
+    missing = [row.name for row in rows if row.state == "missing" or (row.state == "damaged" and run.data_dir is None)]
+    for row in rows:
+        if row.name not in KNOWN and row.name in missing:
+            raise UserError(f"datasets has {row.name!r}; {row.where}{suggestion(row.name, KNOWN)}")
+        if row.state == "damaged" and row.name not in missing:
+            raise UserError(row.where)
     if run.data == "synthetic":
         return "none: all images are generated"
-    states = {row.name: row.state for row in dataset_table(run)}
-    missing = [name for name in run.datasets if states.get(name, "missing") == "missing"]
     if run.data_dir is None:
         return f"{', '.join(missing)} (once; then kept in the cache)" if missing else "none: all are in the cache"
     effect = "the run would be refused" if STAGE1_DATASET in missing else "Robustness is lower without them"

@@ -37,14 +37,9 @@ PROGRAM = Program(
 
 def main(argv: Sequence[str]) -> int:
     """Report on the runs that the command line names; return the exit code."""
-    config = read(argv)
+    config = PROGRAM.configured(argv)
     with screen_of(config) as screen:
         return report(config, screen)
-
-
-def read(argv: Sequence[str]) -> ReportConfig:
-    """Read the configuration from the command line."""
-    return ReportConfig(**PROGRAM.read(argv))
 
 
 def report(config: ReportConfig, screen: Screen) -> int:

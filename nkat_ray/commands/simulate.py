@@ -56,14 +56,9 @@ PROGRAM = Program(
 
 def main(argv: Sequence[str]) -> int:
     """Print the tables that the command line asks for; return the exit code."""
-    config = read(argv)
+    config = PROGRAM.configured(argv)
     with screen_of(config) as screen:
         return simulate(config, screen)
-
-
-def read(argv: Sequence[str]) -> SimulateConfig:
-    """Read the configuration from the command line."""
-    return SimulateConfig(**PROGRAM.read(argv))
 
 
 def simulate(config: SimulateConfig, screen: Screen) -> int:

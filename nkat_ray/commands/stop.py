@@ -7,7 +7,7 @@ from typing import Annotated
 
 from nkat_ray.config import ScreenConfig
 from nkat_ray.errors import DONE, UserError
-from nkat_ray.fields import Positional, Range
+from nkat_ray.fields import Place, Positional, Range
 from nkat_ray.files import CONFIG_FILE
 from nkat_ray.flags import Program
 from nkat_ray.record.journal import read_state
@@ -20,7 +20,7 @@ from nkat_ray.report.terminal import Screen, screen_of
 class StopConfig(ScreenConfig):
     """Which trial ends."""
 
-    run: Annotated[str, Positional()]
+    run: Annotated[str, Positional(), Place()]
     """Folder or bucket URI of the run. A run in a bucket is stopped on the machine of its driver."""
     trial: Annotated[int, Positional(), Range(ge=0)]
     """Number of the trial."""
@@ -36,14 +36,9 @@ PROGRAM = Program(
 
 def main(argv: Sequence[str]) -> int:
     """Request the end of the trial that the command line names; return the exit code."""
-    config = read(argv)
+    config = PROGRAM.configured(argv)
     with screen_of(config) as screen:
         return stop(config, screen)
-
-
-def read(argv: Sequence[str]) -> StopConfig:
-    """Read the configuration from the command line."""
-    return StopConfig(**PROGRAM.read(argv))
 
 
 def stop(config: StopConfig, screen: Screen) -> int:
@@ -67,11 +62,7 @@ def stop(config: StopConfig, screen: Screen) -> int:
 
 
 def _folder_of_driven(run: str) -> Path:
-    """Return the local folder of a run on which a driver works.
-
-    Raises:
-        UserError: there is no such run, or no driver works on it.
-    """
+    """Return the local folder of a run; raise a UserError if there is none, or if no driver works on it."""
     missing = f"that folder holds no run ({CONFIG_FILE} is missing)"
     idle = "it is not in progress: no driver works on it; --resume continues a run that was interrupted"
     storage = RunStorage(Path(run), None)

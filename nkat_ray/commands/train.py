@@ -24,8 +24,9 @@ from nkat_ray.config import (
     default_storage_path,
     field_names,
 )
-from nkat_ray.data import Dataset, Missing, open_dataset
+from nkat_ray.data import Dataset
 from nkat_ray.data.selection import Limits, Selection, select_images, validation_size
+from nkat_ray.data.suite import need_dataset
 from nkat_ray.errors import DONE, FAULT, NO_GO, UserError
 from nkat_ray.files import CURVES_FILE, WEIGHTS_FILE, write_atomically
 from nkat_ray.flags import Program, continued, more_of_trial
@@ -39,7 +40,7 @@ from nkat_ray.metrics import (
 )
 from nkat_ray.record.rows import curve_row
 from nkat_ray.record.storage import is_uri
-from nkat_ray.record.tables import read_rows, read_summary, write_curves, write_json
+from nkat_ray.record.tables import read_rows, read_summary, write_json, write_rows
 from nkat_ray.report.tensorboard import TensorBoardLog
 from nkat_ray.report.terminal import Screen, is_live, screen_of
 
@@ -97,11 +98,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read(argv: Sequence[str]) -> TrainConfig:
-    """Read the configuration from the command line; with --resume from the folder of the training.
-
-    Raises:
-        UserError: a flag is not allowed, or cannot change with --resume.
-    """
+    """Read the configuration from the command line; see `configured`."""
     return configured(PROGRAM.read(argv))
 
 
@@ -132,7 +129,7 @@ def train(config: TrainConfig, console: Screen) -> int:
         raise UserError(
             f"out is {str(out)!r}; it contains a training; continue it with --resume, or choose another folder"
         )
-    dataset = _open(config, console)
+    dataset = need_dataset(config.dataset, config, console, advice="`nkat data list` shows what there is")
     limits = Limits(validation_size(dataset.sizes["train"], config.val_images), config.train_images)
     images = select_images(dataset, limits)  # refuses too many before anything is written
     device = own_device()
@@ -170,22 +167,11 @@ def saved_training(out: Path | None) -> TrainConfig:
 
 
 def _default_folder() -> Path:
-    """Return the folder of trainings without --out: $NKAT_STORAGE_PATH, else ./runs.
-
-    Raises:
-        UserError: it is a bucket.
-    """
+    """Return the folder of trainings without --out: $NKAT_STORAGE_PATH, else ./runs; raise a UserError for a bucket."""
     storage_path = default_storage_path()
     if is_uri(storage_path):
         raise UserError(f"NKAT_STORAGE_PATH is {storage_path!r}; `nkat train` writes to a folder; give one with --out")
     return Path(storage_path).expanduser()
-
-
-def _open(config: TrainConfig, console: Screen) -> Dataset:
-    found = open_dataset(config.dataset, config, notice=lambda text: console.print(f"note: {text}", markup=False))
-    if isinstance(found, Missing):
-        raise UserError(f"dataset {config.dataset!r} is missing: {found.reason}; `nkat data list` shows what there is")
-    return found
 
 
 @dataclasses.dataclass
@@ -283,7 +269,7 @@ class _Curve:
     def add(self, row: Mapping[str, Any]) -> None:
         """Add an epoch that the trainer reported, and write the file."""
         self._rows.append({"trial": 0, **curve_row(row), "started_s": row["started_s"] - self._start})
-        write_curves(self._path, self._rows)
+        write_rows(self._path, self._rows)
 
 
 def _until_smoke(config: TrainConfig, trainer: "Trainer") -> Iterator["EpochResult"]:

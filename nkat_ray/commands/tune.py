@@ -56,8 +56,7 @@ class Prepared:
     storage: RunStorage
     earlier: Earlier
     began_s: float
-    extended_from: int | None = None
-    """Trials that the run had when it was to end; None unless --resume adds some."""
+    extended_from: int | None = None  # trials that the run had when it was to end; None unless --resume adds some
 
 
 FREE_ON_RESUME = (  # may differ
@@ -114,11 +113,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read(argv: Sequence[str]) -> tuple[RunConfig, SearchSpace]:
-    """Return the run that was typed, with its search space; with --resume both are the saved ones.
-
-    Raises:
-        UserError: a flag that is not allowed, or one that a run which goes on cannot change.
-    """
+    """Read the run and its search space from the command line; see `configured`."""
     return configured(PROGRAM.read(argv))
 
 
@@ -141,11 +136,6 @@ def configured(typed: Mapping[str, Any]) -> tuple[RunConfig, SearchSpace]:
 
 def start(config: RunConfig, space: SearchSpace, screen: Screen) -> int:
     """Begin a run; return its exit code.
-
-    Args:
-        config: the run; without a name it gets `<preset>-<UTC time>`.
-        space: its search space.
-        screen: where to print.
 
     Raises:
         UserError: bad input, or a cluster that cannot run this; nothing is left behind.
@@ -233,8 +223,8 @@ def _connected(prepared: Prepared, interruption: Interruption, screen: Screen) -
         UserError: there is no cluster at the address, PyTorch cannot use a GPU that Ray offers, a trial fits no
             node, or a node does not see the storage path.
     """
-    from nkat_ray.cluster.connect import connected, describe_cluster, nodes_without, refuse_infeasible
-    from nkat_ray.cluster.resources import trial_share
+    from nkat_ray.cluster.connect import connected, describe_cluster, nodes_without
+    from nkat_ray.cluster.resources import refuse_oversized, trial_share
 
     config, storage = prepared.config, prepared.storage
     with screen.entering("starting Ray", connected(config.address, verbose=config.verbose)) as where:
@@ -246,19 +236,12 @@ def _connected(prepared: Prepared, interruption: Interruption, screen: Screen) -
             )
         cluster = describe_cluster(config.gpus_per_trial)
         corners = corner_configs(config, prepared.space.domains)
-        refuse_infeasible(trial_share(trial, config, cluster) for trial in corners)
+        refuse_oversized((trial_share(trial, config, cluster) for trial in corners), cluster)
         yield where, cluster
 
 
 class Driver:
-    """One driver of a run: its stages, its observers, and what it leaves behind however it ends.
-
-    Args:
-        prepared: the run, checked.
-        cluster: what it computes on.
-        screen: where to print.
-        interruption: the signals that end it.
-    """
+    """One driver of a run: its stages, its observers, and what it leaves behind however it ends."""
 
     def __init__(self, prepared: Prepared, cluster: "Cluster", screen: Screen, interruption: Interruption) -> None:
         from nkat_ray.report.tensorboard import TensorBoardLog  # loading it takes longer than refusing a flag
@@ -280,11 +263,7 @@ class Driver:
         self._disk_is_full = False
 
     def drive(self, where: str) -> int:
-        """Run, or run on, to the end; return the exit code. Whatever ends it, the tables and the report are written.
-
-        Args:
-            where: description of the Ray instance, for the first notice.
-        """
+        """Run, or run on, to the end; return the exit code. Whatever ends it, the tables and the report are written."""
         (self._run.folder / SUMMARY_FILE).unlink(missing_ok=True)  # of an earlier driver
         self._run.journal.write("run", began_s=self._began_s)
         if self._extended_from is not None:

@@ -46,14 +46,10 @@ def cache_folder() -> Path:
 class Check:
     """The result of checking all files of a dataset, which were intact and consistent."""
 
-    contents: Mapping[SplitName, str]
-    """SHA-256 of each split, decoded."""
-    sizes: Mapping[SplitName, int]
-    """Number of images."""
-    shape: Shape
-    """Shape of every image."""
-    files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of each Parquet file, by its name."""
+    contents: Mapping[SplitName, str]  # SHA-256 of each split, decoded
+    sizes: Mapping[SplitName, int]  # number of images
+    shape: Shape  # shape of every image
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of each Parquet file, by its name
 
 
 class Memory:

@@ -25,8 +25,7 @@ class DatasetRow:
 
     name: str
     state: State
-    where: str
-    """Location and source, or the reason why it is missing or damaged."""
+    where: str  # location and source, or the reason why it is missing or damaged
     classes: int | None = None
     train: int | None = None
     test: int | None = None
@@ -47,13 +46,24 @@ def dataset_table(config: DataConfig) -> list[DatasetRow]:
     return rows
 
 
+def find_datasets(config: DataConfig, names: Sequence[str]) -> list[DatasetRow]:
+    """Look for datasets by name where a run does; read headers only.
+
+    Raises:
+        DataError: the data folder does not exist.
+    """
+    if config.data == "synthetic":
+        suite = f"the synthetic suite has only {', '.join(KNOWN)}"
+        return [DatasetRow(name, "present" if name in KNOWN else "missing", suite) for name in names]
+    folder = _folder(config)
+    return [_peek(name, folder) for name in names]
+
+
 def verify(config: DataConfig, names: Sequence[str] = (), *, notice: Notice = lambda _: None) -> list[DatasetRow]:
     """Check datasets again, regardless of earlier results.
 
     Args:
-        config: names the data folder.
         names: datasets to check; all that are found if empty.
-        notice: called with one line per dataset.
 
     Raises:
         DataError: the data folder does not exist or contains no dataset, or a name is not allowed.
@@ -77,7 +87,6 @@ def fetch(names: Sequence[str] = (), *, notice: Notice) -> list[DatasetRow]:
 
     Args:
         names: datasets to fetch; all known ones if empty.
-        notice: called with one line per download.
 
     Raises:
         DataError: a name is not allowed.

@@ -78,16 +78,11 @@ class Reader(Protocol):
 class Layout(ABC):
     """A dataset as its files describe it, before any check. Layouts are picklable and keep no images."""
 
-    where: str
-    """Location of the files, for messages."""
-    class_names: tuple[str, ...]
-    """Names of the classes, in the order of the labels."""
-    named: bool = True
-    """Whether the files state the names of the classes; else the names are numbers."""
-    flip: bool | None = None
-    """Whether images may be mirrored; None if the files do not state it."""
-    source: str = ""
-    """Origin of the images, as the files state it."""
+    where: str  # location of the files, for messages
+    class_names: tuple[str, ...]  # names of the classes, in the order of the labels
+    named: bool = True  # whether the files state the names of the classes; else the names are numbers
+    flip: bool | None = None  # whether images may be mirrored; None if the files do not state it
+    source: str = ""  # origin of the images, as the files state it
 
     @abstractmethod
     def files(self, split: SplitName) -> tuple[Path, ...]:
@@ -124,18 +119,12 @@ class Dataset:
 
     name: str
     class_names: tuple[str, ...]
-    grey: bool
-    """Whether images have one channel, so that colour normalisation is bypassed (docs/spec.md section 3)."""
-    flip: bool
-    """Whether a mirrored image still belongs to its class, so that augmentation may mirror it."""
-    source: str
-    """Origin of the images, for messages; ends in ", unverified" if no digest was known."""
-    digest: str
-    """`sha256:` over the decoded images and labels of both splits: the same for every encoding and source."""
-    verified: bool
-    """Whether the content equals a known release, or the digests listed beside the files."""
-    sizes: Mapping[SplitName, int]
-    """Number of images per split."""
+    grey: bool  # whether images have one channel, so that colour normalisation is bypassed (docs/spec.md section 3)
+    flip: bool  # whether a mirrored image still belongs to its class, so that augmentation may mirror it
+    source: str  # origin of the images, for messages; ends in ", unverified" if no digest was known
+    digest: str  # `sha256:` over the decoded images and labels of both splits: the same for every encoding and source
+    verified: bool  # whether the content equals a known release, or the digests listed beside the files
+    sizes: Mapping[SplitName, int]  # number of images per split
     reader: Reader = field(repr=False, compare=False)
 
     @property

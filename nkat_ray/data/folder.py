@@ -121,14 +121,7 @@ def _refuse_other_name(name: str, folder: Path, layout: Layout, check: Check) ->
 
 
 def _judge(name: str, layout: Layout, check: Check) -> bool:
-    """Apply rules 2 to 5 of the module docstring.
-
-    Returns:
-        Whether the content is verified.
-
-    Raises:
-        DataError: the dataset is damaged.
-    """
+    """Apply rules 2 to 5 of the module docstring: return whether the content is verified, or raise a DataError."""
     if name in KNOWN and check.shape[0] != KNOWN[name].channels:
         found = f"{layout.where} has {check.shape[0]} channels; {name} has {KNOWN[name].channels}"
         raise DataError(f"{found}: give it another name")

@@ -20,10 +20,8 @@ from nkat_ray.data.pictures import Picture, PictureLayout, suffixes
 class ImageFolders(PictureLayout):
     """A dataset as folders of image files."""
 
-    images: Mapping[SplitName, tuple[tuple[Path, int], ...]]
-    """Each image file with its label."""
-    left_out: Mapping[str, int]
-    """Kind of file -> number of files that are not used."""
+    images: Mapping[SplitName, tuple[tuple[Path, int], ...]]  # each image file with its label
+    left_out: Mapping[str, int]  # kind of file -> number of files that are not used
 
     def files(self, split: SplitName) -> tuple[Path, ...]:
         """List the image files of a split, class by class."""

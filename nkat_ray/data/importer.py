@@ -25,14 +25,11 @@ class ImportSummary:
     name: str
     class_names: tuple[str, ...]
     shape: Shape
-    sizes: dict[SplitName, int]
-    """Images written per split."""
-    source: str
-    """Description of the files that were read."""
+    sizes: dict[SplitName, int]  # images written per split
+    source: str  # description of the files that were read
     notes: tuple[str, ...]
     """Notices: files that were left out, images that are probably mistakes, origin of the test images."""
-    paths: tuple[Path, Path]
-    """The training and the test file."""
+    paths: tuple[Path, Path]  # the training and the test file
 
 
 def import_folder(
@@ -51,7 +48,7 @@ def import_folder(
         DataError: bad arguments, existing files, fewer than two classes, a class without images or with black images
             only, an unreadable image, or a known name for other images.
     """
-    paths = _check_target(folder, out_dir, name, test_fraction)
+    paths = _check_target(folder, out_dir, name)
     layout = _find(folder)
     class_names = tuple(text.replace(",", ";") for text in class_names_of(name, layout))  # commas separate names
     pictures = {split: layout.pictures(split) for split in SPLITS if layout.files(split)}
@@ -82,10 +79,8 @@ def import_folder(
     return ImportSummary(name, class_names, shape, sizes, layout.where, tuple(notes), paths)
 
 
-def _check_target(folder: Path, out_dir: Path, name: str, test_fraction: float) -> tuple[Path, Path]:
+def _check_target(folder: Path, out_dir: Path, name: str) -> tuple[Path, Path]:
     check_name(name)
-    if not 0 < test_fraction < 1:
-        raise DataError(f"test_fraction is {test_fraction}; allowed: 0 < test_fraction < 1")
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist or is no folder; name one with a sub-folder for each class")
     train, test = pair_path(out_dir, name, "train"), pair_path(out_dir, name, "test")
@@ -103,11 +98,7 @@ def _find(folder: Path) -> PictureLayout:
 
 
 def _odd(pictures: Sequence[Picture], found: Sequence[Kind], split: Split, class_names: Sequence[str]) -> list[str]:
-    """Describe images that are probably mistakes.
-
-    Raises:
-        DataError: all images of a class are black.
-    """
+    """Describe images that are probably mistakes; raise a DataError if all images of a class are black."""
     brightest = split.images.reshape(len(split), -1).max(axis=1)
     for label in np.unique(split.labels):
         if brightest[split.labels == label].max() < LEAST_CONTRAST:

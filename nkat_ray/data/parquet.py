@@ -45,15 +45,11 @@ Shards = Mapping[SplitName, tuple[Path, ...]]
 class Description:
     """The checked content of a file's schema and metadata, which must be the same for all files of a dataset."""
 
-    image: str
-    """Name of the column of images."""
+    image: str  # name of the column of images
     label: str
-    class_names: tuple[str, ...]
-    """Names of the classes; empty if they are only numbered."""
-    encoding: str = "any image file"
-    """One of ENCODINGS in the project's layout."""
-    stated: Shape | None = None
-    """Shape of every image, in the project's layout."""
+    class_names: tuple[str, ...]  # names of the classes; empty if they are only numbered
+    encoding: str = "any image file"  # one of ENCODINGS in the project's layout
+    stated: Shape | None = None  # shape of every image, in the project's layout
     flip: bool | None = None
 
 
@@ -81,12 +77,12 @@ class ParquetFiles(PictureLayout):
         column, classes = self._column(split, self.description.label), len(self.class_names)
         if column.null_count:
             raise DataError(f"{self._place(split)}: {column.null_count} labels are empty; every image needs one")
-        labels = np.asarray(column.to_numpy(), dtype=np.int64)
+        labels = np.asarray(column.to_numpy())
         bad = np.flatnonzero((labels < 0) | (labels >= classes))
         if bad.size:
             found = f"{self._place(split)}: row {bad[0]} has label {labels[bad[0]]}"
             raise DataError(f"{found}; allowed: 0..{classes - 1}, as there are {classes} classes: correct either")
-        return labels
+        return labels.astype(np.int64)
 
     def pictures(self, split: SplitName, rows: Labels | None = None) -> list[Picture]:
         """Return the images at `rows` (all when None), still encoded."""
@@ -122,7 +118,7 @@ class ParquetFiles(PictureLayout):
     def _column(self, split: SplitName, name: str) -> pa.ChunkedArray:
         chunks = []
         for path in self.shards[split]:  # not pq.read_table: it imports pyarrow.dataset, which takes a second or more
-            with _readable(path), pq.ParquetFile(path) as file:
+            with _readable(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
                 column = file.read(columns=[name])[name]
                 if len(column) != file.metadata.num_rows:
                     raise pa.ArrowInvalid(f"{len(column)} of {file.metadata.num_rows} rows in {name}")
@@ -344,7 +340,8 @@ def write_split(
     schema = pa.schema([("image", pa.binary()), ("label", pa.int64())], metadata=metadata)
     table = pa.table([images, pa.array(split.labels)], schema=schema)
     written = pa.BufferOutputStream()
-    pq.write_table(table, written, compression="zstd", use_dictionary=False, row_group_size=20_000)
+    options = {"compression": "zstd", "use_dictionary": False, "row_group_size": 20_000}
+    pq.write_table(table, written, write_page_checksum=True, **options)
     write_atomically(path, memoryview(written.getvalue()))
 
 

@@ -7,10 +7,11 @@ kept, and padded with black.
 
 import io
 import os
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -60,7 +61,7 @@ def opened(picture: Picture, formats: Sequence[str] = FORMATS) -> Iterator[Image
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=list(formats)) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         what = formats[0] if len(formats) == 1 else "image"
         reason = "not in a known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise DataError(f"{name} is no readable {what} ({reason}); remove or replace it") from error
@@ -80,11 +81,12 @@ def kinds(pictures: Iterable[Picture]) -> list[Kind]:
             return image.mode in _GREY_MODES, width, height
 
     found, faults = [], []
-    for picture in pictures:
-        try:
-            found.append(kind(picture))
-        except DataError as error:
-            faults.append(str(error))
+    with _no_bombs():
+        for picture in pictures:
+            try:
+                found.append(kind(picture))
+            except DataError as error:
+                faults.append(str(error))
     _refuse(faults)
     return found
 
@@ -121,10 +123,15 @@ def decode(
             except DataError as error:
                 faults[row] = str(error)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with _no_bombs(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(decode_block, range(0, len(pictures), BLOCK)))
     _refuse([faults[row] for row in sorted(faults)])
     return images
+
+
+def _no_bombs() -> AbstractContextManager[None]:
+    """Let Pillow refuse what it only warns about: more than 89 million pixels, which few bytes can promise."""
+    return warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
 
 
 def _refuse(faults: Sequence[str]) -> None:

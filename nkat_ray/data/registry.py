@@ -161,11 +161,7 @@ def _debian_files(package: Path) -> Iterator[tarfile.TarFile]:
 
 
 def _members(tar: tarfile.TarFile, names: list[str]) -> dict[str, bytes]:
-    """Read the regular files called `names`, wherever they are in the archive.
-
-    Raises:
-        DataError: one is missing, or larger than anything expected.
-    """
+    """Read the regular files called `names`, wherever they are; raise a DataError if one is missing or too large."""
     found: dict[str, bytes] = {}
     for member in tar:
         name = member.name.rpartition("/")[2]

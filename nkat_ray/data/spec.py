@@ -20,13 +20,10 @@ TORCHVISION: Final = "torchvision download"  # source text of a dataset from tor
 class Release:
     """The known content of one dataset."""
 
-    sources: Sequence[str]
-    """Texts of a file's `source` metadata that claim this release."""
+    sources: Sequence[str]  # texts of a file's `source` metadata that claim this release
     sizes: Mapping[SplitName, int]
-    files: Mapping[SplitName, str]
-    """SHA-256 of the known Parquet files."""
-    contents: Mapping[SplitName, str]
-    """SHA-256 of the decoded splits."""
+    files: Mapping[SplitName, str]  # SHA-256 of the known Parquet files
+    contents: Mapping[SplitName, str]  # SHA-256 of the decoded splits
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,7 @@ class Known:
     class_names: tuple[str, ...]
     grey: bool
     flip: bool
-    size: int
-    """Pixels per side."""
+    size: int  # pixels per side
     release: Release
 
     @property
@@ -110,11 +106,7 @@ def class_names_of(name: str, layout: Layout) -> tuple[str, ...]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a dataset's name that is not a plain file name.
-
-    Raises:
-        DataError: it is not.
-    """
+    """Refuse (DataError) a dataset's name that is not a plain file name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or ".." in name:
         rule = "1..64 letters, digits, '.', '_' or '-', starting with a letter or digit"
         raise DataError(f"dataset name is {name!r}; allowed: {rule}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from nkat_ray.config import STAGE1_DATASET, RunConfig
+from nkat_ray.config import STAGE1_DATASET, DataConfig, RunConfig
 from nkat_ray.data import Dataset, Missing, open_dataset, split_validation
 from nkat_ray.data.selection import training_limits
 from nkat_ray.data.spec import KNOWN
@@ -56,6 +56,14 @@ def open_datasets(config: RunConfig, console: Console) -> tuple[RunConfig, dict[
     return config, {name: found[name] for name in config.datasets}
 
 
+def need_dataset(name: str, config: DataConfig, console: Console, *, advice: str) -> Dataset:
+    """Find and check a dataset; refuse (UserError) one that is missing, with some advice."""
+    found = open_dataset(name, config, notice=lambda text: console.print(f"note: {text}", markup=False))
+    if isinstance(found, Missing):
+        raise UserError(f"dataset {name!r} is missing: {found.reason}; {advice}")
+    return found
+
+
 def describe_data(datasets: Mapping[str, Dataset | Missing]) -> dict[str, Any]:
     """Describe each dataset for a run's record: source, digest and number of images, or why it is missing."""
     return {
@@ -71,7 +79,6 @@ def refuse_other_data(saved: Mapping[str, Any], datasets: Datasets) -> dict[str,
 
     Args:
         saved: result of `describe_data` at the start, from the run's config.json.
-        datasets: the datasets as they are now.
 
     Returns:
         The datasets of the run.

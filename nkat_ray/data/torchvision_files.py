@@ -190,11 +190,7 @@ def _open(name: str, root: Path, *, download: bool, train: bool = True, mirror: 
 
 
 def _first_answer(urls: list[str]) -> str:
-    """Return the URL whose host answers first, within PROBE_S.
-
-    Raises:
-        Unavailable: none does.
-    """
+    """Return the URL whose host answers first, within PROBE_S; raise Unavailable if none does."""
     answered: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def ask(url: str) -> None:

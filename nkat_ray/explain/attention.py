@@ -91,7 +91,6 @@ def strip(image: Array, shares: Array, *, top: float) -> Array:
     Args:
         image: uint8 (side, side, 3).
         shares: (H, N).
-        top: as in `overlay`.
 
     Returns:
         uint8 (side + 2, H * (side + 2), 4).

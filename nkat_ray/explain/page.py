@@ -11,7 +11,7 @@ from plotly.colors import sample_colorscale
 
 from nkat_ray.explain import attention
 from nkat_ray.explain.attention import COLOUR_HEADS, Array
-from nkat_ray.metrics import EPOCH, NKAT_SCALARS, VAL_ACCURACY
+from nkat_ray.metrics import EPOCH, NKAT_SCALARS, VAL_ACCURACY, modulation_bound
 from nkat_ray.report.charts import BLUE, figure
 from nkat_ray.report.page import Page
 
@@ -31,16 +31,11 @@ TITLES: Final = {
 class Example:
     """One image, the network's prediction for it, and the attention weights of that very pass."""
 
-    caption: str
-    """Where the image comes from."""
-    image: Array
-    """uint8 (side, side, 3), as the network saw it."""
-    truth: str | None
-    """Its class; None if it is not known."""
-    ranked: Sequence[tuple[str, float]]
-    """The most probable classes and their probabilities, best first."""
-    weights: Array
-    """(L, H, N, N)."""
+    caption: str  # where the image comes from
+    image: Array  # uint8 (side, side, 3), as the network saw it
+    truth: str | None  # its class; None if it is not known
+    ranked: Sequence[tuple[str, float]]  # the most probable classes and their probabilities, best first
+    weights: Array  # (L, H, N, N)
 
     @property
     def right(self) -> bool | None:
@@ -54,26 +49,19 @@ class Explanation:
 
     name: str
     examples: Sequence[Example]
-    entropy: Array
-    """(L, H), nats, the mean over queries and `averaged` images."""
-    kept: Array
-    """(L, H), tokens, the mean over the same."""
+    entropy: Array  # (L, H), nats, the mean over queries and `averaged` images
+    kept: Array  # (L, H), tokens, the mean over the same
     averaged: int
-    right: int | None
-    """How many of those images are predicted correctly; None if that is not known."""
-    what: str
-    """Name of those images, in the plural."""
+    right: int | None  # how many of those images are predicted correctly; None if that is not known
+    what: str  # name of those images, in the plural
     tokens: int
     top_k: int | None
     split_heads: bool
-    scalars: Mapping[str, Sequence[float]]
-    """Block by block: alpha, beta, attention_gain, mlp_gain, strength."""
+    scalars: Mapping[str, Sequence[float]]  # block by block: alpha, beta, attention_gain, mlp_gain, strength
     history: Sequence[Mapping[str, Any]]
     """The epochs of this model's training, as in curves.parquet, by epoch; empty if there are none."""
-    epoch: int
-    """The epoch whose weights these are."""
-    facts: Mapping[str, str]
-    """Facts about the model, its data and the checks, by name."""
+    epoch: int  # the epoch whose weights these are
+    facts: Mapping[str, str]  # facts about the model, its data and the checks, by name
 
     @property
     def most_tokens(self) -> int:
@@ -83,9 +71,7 @@ class Explanation:
     @property
     def reach(self) -> float:
         """Largest share by which the modulation can change a token's attention output, with these scalars."""
-        names = ("strength", "alpha", "beta")
-        blocks = zip(*(self.scalars[name] for name in names), strict=True)
-        return float(max(strength * (abs(alpha) + abs(beta)) for strength, alpha, beta in blocks))
+        return max(map(modulation_bound, *(self.scalars[name] for name in ("strength", "alpha", "beta"))))
 
 
 def explanation_page(found: Explanation) -> Page:
@@ -143,10 +129,6 @@ def heatmap(values: Array, *, low: float, high: float, unit: str, split_heads: b
 
     Args:
         values: (L, H).
-        low: value of the palest cell.
-        high: value of the darkest cell.
-        unit: of the values.
-        split_heads: the heads of block 0 see single colours, and say which.
     """
     blocks, heads = values.shape
     colours = [list(COLOUR_HEADS) if split_heads and block == 0 else [""] * heads for block in range(blocks)]

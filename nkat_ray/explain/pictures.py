@@ -24,15 +24,7 @@ SHOWN = 3  # images whose attention is drawn
 
 
 def augmented_batch(config: TrialConfig, images: Selection, *, num_classes: int, flip: bool, seed: int) -> Image.Image:
-    """Draw the first training images as they are (left) and as this recipe augments them once (right).
-
-    Args:
-        config: the recipe: the augmentation, mixup and cutmix.
-        images: the training's images.
-        num_classes: number of classes.
-        flip: whether a mirrored image still belongs to its class.
-        seed: seed of the random draws.
-    """
+    """Draw the first training images as they are (left) and as this recipe augments them once (right)."""
     train = ImageSet(images.images, images.labels, images.train_index, torch.device("cpu"))
     red, green, blue = (round(255 * value) for value in train.statistics()[0])
     plain, labels = train.batch(torch.arange(min(SIDE**2, len(train))))
@@ -56,8 +48,6 @@ def winner_attention(weights: Weights, dataset: Dataset, limits: Limits) -> dict
     """Draw the attention that each token receives, per head and block, over the first validation images.
 
     Args:
-        weights: the winner, as trained on the dataset.
-        dataset: that dataset.
         limits: the numbers of images that the training used, which fix its validation images.
 
     Returns:

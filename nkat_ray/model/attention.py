@@ -47,8 +47,6 @@ def keep_mask(scores: Tensor, *, top_k: int | None, top_p: float | None) -> Tens
 
     Args:
         scores: (..., N), already divided by the temperature.
-        top_k: as in `filtered_softmax`.
-        top_p: as in `filtered_softmax`.
     """
     with torch.no_grad():
         values, index = _kept(scores, top_k, top_p)
@@ -142,11 +140,6 @@ class NKATAttention(nn.Module):
         split_heads: bool = False,
     ) -> None:
         super().__init__()
-        _check_filter(temperature, top_k, top_p)
-        if dim % num_heads:
-            raise ValueError(f"dim is {dim}; num_heads {num_heads} must divide it")
-        if split_heads and num_heads != STREAMS * STREAM_HEADS:
-            raise ValueError(f"num_heads is {num_heads}; split_heads needs {STREAMS * STREAM_HEADS}")
         self.num_heads = num_heads
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.scale = (dim // num_heads) ** -0.5 / temperature

@@ -16,10 +16,8 @@ ROW_TOLERANCE = 1e-3  # of a row's sum from 1, and of a logit from the plain pas
 class Capture:
     """One forward pass of B images through L blocks of H heads over N tokens."""
 
-    logits: Tensor
-    """(B, classes): scores of the prediction."""
-    weights: Tensor
-    """(L, B, H, N, N), query then key: the attention weights of this prediction; each row sums to 1."""
+    logits: Tensor  # (B, classes): scores of the prediction
+    weights: Tensor  # (L, B, H, N, N), query then key: the attention weights of this prediction; each row sums to 1
     kept: Tensor
     """(L, B, H, N), int64: number of keys that the filter kept per query. A kept key's weight may underflow to 0."""
 

@@ -27,8 +27,6 @@ class ColorWiseLayerNorm(nn.Module):
 
     def __init__(self, mode: ColorNorm, *, bypass: bool = False) -> None:
         super().__init__()
-        if mode not in ("off", "layernorm", "residual"):
-            raise ValueError(f"mode is {mode!r}; allowed: off, layernorm, residual")
         self.mode = mode
         self.bypass = bypass
         self.norm = nn.Identity() if mode == "off" else nn.LayerNorm(COLOURS)
@@ -51,15 +49,10 @@ class ConvStem(nn.Sequential):
     tiny: 3 -> 32 -> 64 channels, 19,584 parameters. small: 3 -> 64 -> 128 -> 128, the last at stride 1.
 
     Args:
-        kind: off, tiny or small.
         stride: 4 (both first convolutions halve the map: 32 -> 8) or 2 (only the first: 32 -> 16).
     """
 
     def __init__(self, kind: Stem, *, stride: int = 4) -> None:
-        if kind not in ("off", *STEM_WIDTHS):
-            raise ValueError(f"kind is {kind!r}; allowed: off, tiny, small")
-        if stride not in (2, 4):
-            raise ValueError(f"stride is {stride}; allowed: 2, 4")
         layers: list[nn.Module] = []
         if kind != "off":
             narrow, wide = STEM_WIDTHS[kind]
@@ -82,7 +75,6 @@ class ColourEmbed(nn.Module):
     one matrix product per colour).
 
     Args:
-        dim: embedding width D.
         cell: side of a token's cell on the image, in pixels (patch_size x stem stride).
     """
 

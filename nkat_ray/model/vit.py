@@ -83,10 +83,7 @@ class NKATBlock(nn.Module):
     divides the others by the probability of staying, as timm does.
 
     Args:
-        dim: embedding width D.
-        config: the model's configuration.
         depth: index of the block, from 0: nkat_strength decays with it, and block 0 may have split heads.
-        norm_layer: constructor of a LayerNorm.
         drop_path: probability per image that a branch is skipped in training (stochastic depth), 0..1.
         _timm: timm's other options for a block; the configuration decides them here.
     """
@@ -135,7 +132,6 @@ class NKATVisionTransformer(VisionTransformer):
     normalisation (0..1 units) are in `pretrained_cfg`.
 
     Args:
-        config: the model's configuration.
         num_classes: classes, >= 0; 0 leaves the head out.
         grey: the model is for grey images: Color-wise LayerNorm is bypassed. Saved with the model.
         global_pool: avg, or one of timm's other poolings without a class token.
@@ -238,8 +234,6 @@ def save_pretrained(model: NKATVisionTransformer, folder: str | Path, *, class_n
     """Write `model.safetensors`, `config.json` and a README into `folder` (made if needed), each file atomically.
 
     Args:
-        model: the network.
-        folder: can be read with `timm.create_model("local-dir:FOLDER", pretrained=True)`.
         class_names: names of the classes, by label; they go into config.json as timm's `label_names`.
     """
     folder = Path(folder)

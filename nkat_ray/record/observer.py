@@ -37,8 +37,6 @@ class Observer:
         """Handle the start of Stage 2, which validates and then tests every survivor on every dataset.
 
         Args:
-            survivors: numbers of the trials.
-            datasets: names of the datasets.
             done: finished rows of stage2.parquet, one per validation and one per test.
         """
 

@@ -6,12 +6,7 @@ from nkat_ray.files import STOP_FOLDER, write_atomically
 
 
 def request_stop(folder: Path, trial: int) -> None:
-    """Ask the driver of a run to end a trial.
-
-    Args:
-        folder: the run's local folder.
-        trial: the trial's number.
-    """
+    """Ask the driver of a run to end a trial."""
     (folder / STOP_FOLDER).mkdir(exist_ok=True)
     write_atomically(folder / STOP_FOLDER / str(trial), b"")
 

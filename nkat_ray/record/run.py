@@ -13,23 +13,14 @@ from nkat_ray.space import Domain
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run whose inputs have been validated.
-
-    Attributes:
-        config: the configuration.
-        domains: searched parameters and their domains, without those that the user fixed.
-        datasets: the datasets of Stage 2, including that of Stage 1.
-        storage: the run's folder, and its copy in a bucket.
-        journal: the journal of the run.
-        warm: trials of the run that `--warm_start` names.
-    """
+    """A run whose inputs have been validated."""
 
     config: RunConfig
-    domains: Mapping[str, Domain]
-    datasets: Datasets
-    storage: RunStorage
+    domains: Mapping[str, Domain]  # searched parameters and their domains, without those that the user fixed
+    datasets: Datasets  # the datasets of Stage 2, including that of Stage 1
+    storage: RunStorage  # the run's folder, and its copy in a bucket
     journal: Journal
-    warm: Sequence[WarmTrial] = ()
+    warm: Sequence[WarmTrial] = ()  # trials of the run that `--warm_start` names
 
     @property
     def folder(self) -> Path:

@@ -27,16 +27,11 @@ class RecordedRun:
     """The record of one run so far."""
 
     folder: Path
-    config: Mapping[str, Any]
-    """config.json."""
-    summary: Mapping[str, Any]
-    """Keys of summary.json; `exit_code` is None while the run is in progress."""
-    trials: Rows
-    """Rows of trials.parquet."""
-    curves: Rows
-    """Rows of curves.parquet."""
-    stage2: Rows
-    """Rows of stage2.parquet."""
+    config: Mapping[str, Any]  # config.json
+    summary: Mapping[str, Any]  # keys of summary.json; `exit_code` is None while the run is in progress
+    trials: Rows  # rows of trials.parquet
+    curves: Rows  # rows of curves.parquet
+    stage2: Rows  # rows of stage2.parquet
 
     @property
     def name(self) -> str:
@@ -91,7 +86,6 @@ def load_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Recorded
     """Read a run's folder.
 
     Args:
-        folder: the run's folder.
         summary: keys of summary.json, if the tables are written but that file is not.
 
     Raises:

@@ -83,8 +83,7 @@ class Miss:
 
     trial: int
     accuracy: float
-    needed: float
-    """Accuracy that the gate needs with this lambda; above 1 if no accuracy suffices."""
+    needed: float  # accuracy that the gate needs with this lambda; above 1 if no accuracy suffices
     lambda_theory: float
 
 
@@ -161,8 +160,6 @@ def result_scores(rows: Rows, trial: int, column: str = "tpe") -> Stage2Scores:
     """Return a survivor's aggregates of test scores, which are the result.
 
     Args:
-        rows: stage2 rows.
-        trial: the survivor.
         column: "tpe" (the chosen lambda model), "tpe_notes", "tpe_counted" or "tpe_millions".
     """
     mine = of_trial(rows, trial)
@@ -242,8 +239,7 @@ class Official:
     """One design trained with several seeds: means over the seeds, and the verdict on them."""
 
     global_tpe: float
-    interval: tuple[float, float]
-    """95 %; infinite with one seed."""
+    interval: tuple[float, float]  # 95 %; infinite with one seed
     consistency: float
     robustness: float
     verdict: Verdict
@@ -258,7 +254,6 @@ def official(rows: Rows, seeds: Sequence[int]) -> Official:
 
     Args:
         rows: stage2 rows with the number of the seed as `trial`.
-        seeds: numbers of the seeds.
     """
     rows, total = list(rows), len(STAGE2_DATASETS)
     scores = [result_scores(rows, seed) for seed in seeds]
@@ -314,53 +309,28 @@ def written_verdict(summary: Mapping[str, Any]) -> Verdict:
 
 
 def verdict_of(summary: Mapping[str, Any], rows: Rows) -> Verdict:
-    """Compute a run's verdict (docs/spec.md section 2); generated images cannot reach a target.
+    """Decide whether the winner reaches Round-2's targets (docs/spec.md section 2).
 
-    Args:
-        summary: keys of summary.json; some may be missing.
-        rows: stage2 rows.
-    """
-    winner = summary["winner"]["trial"] if summary.get("winner") else None
-    survivors = len(summary.get("survivors") or ())
-    decided = verdict(
-        rows,
-        winner,
-        finished=summary.get("exit_code") not in RESUMABLE or (summary["exit_code"] == FAULT and survivors > 0),
-        gate=summary.get("gate", NOTES_GATE),
-        survivors=survivors,
-    )
-    if decided.status == "reached" and (generated := synthetic_datasets(summary)):
-        return Verdict(
-            "undecided", f"Undecided: trial {winner} is at the target, but on generated {_names(generated)}."
-        )
-    return decided
-
-
-def verdict(
-    rows: Rows, winner: int | None, *, finished: bool = True, gate: float = NOTES_GATE, survivors: int = 0
-) -> Verdict:
-    """Decide whether the winner reaches Round-2's targets.
-
-    Undecided while the run is in progress, if fewer than four datasets count, and if the 95 % interval of Global TPE
-    contains the target; not reached if no trial passed the gate, or if Global TPE or Consistency is below its target.
-
-    Args:
-        rows: stage2 rows.
-        winner: number of the best survivor, or None.
-        finished: whether the run has ended.
-        gate: Local TPE that a trial had to reach, for the sentence.
-        survivors: number of trials that passed the gate; used only without a winner.
+    Undecided while the run is in progress, if fewer than four datasets count, if the 95 % interval of Global TPE
+    contains the target, and if it is reached on generated images; not reached if no trial passed the gate, or if Global
+    TPE or Consistency is below its target. Some keys of the summary may be missing.
     """
     rows, total = list(rows), len(STAGE2_DATASETS)
-    if winner is None:
-        return _without_winner(finished=finished, gate=gate, survivors=survivors)
+    if not summary.get("winner"):
+        return _without_winner(summary)
+    winner = summary["winner"]["trial"]
     counted = datasets_counted(rows, winner)
     if counted < total:
         return Verdict("undecided", f"Undecided: trial {winner} counts on only {counted} of {total} datasets.")
     scores = result_scores(rows, winner)
     low, high = global_interval(rows, winner) or (scores.global_tpe, scores.global_tpe)
     figure = f"trial {winner} has Global TPE {scores.global_tpe:.3f} (95 % interval {low:.3f} to {high:.3f})"
-    return _against_targets(figure, scores.global_tpe, (low, high), scores.consistency)
+    decided = _against_targets(figure, scores.global_tpe, (low, high), scores.consistency)
+    if decided.status == "reached" and (generated := synthetic_datasets(summary)):
+        return Verdict(
+            "undecided", f"Undecided: trial {winner} is at the target, but on generated {_names(generated)}."
+        )
+    return decided
 
 
 def _against_targets(figure: str, global_tpe: float, interval: tuple[float, float], consistency: float) -> Verdict:
@@ -377,11 +347,13 @@ def _against_targets(figure: str, global_tpe: float, interval: tuple[float, floa
     return Verdict("reached", f"Reached: {figure}, at or above the target {target:.2f}.")
 
 
-def _without_winner(*, finished: bool, gate: float, survivors: int) -> Verdict:
-    if not finished:
+def _without_winner(summary: Mapping[str, Any]) -> Verdict:
+    code, survivors = summary.get("exit_code"), len(summary.get("survivors") or ())
+    if code in RESUMABLE and not (code == FAULT and survivors):
         return Verdict("undecided", "Undecided: the run has not ended and has no result yet.")
     if survivors:
         return Verdict("undecided", f"Undecided: {survivors} passed the gate, but Stage 2 has no result.")
+    gate = summary.get("gate", NOTES_GATE)
     return Verdict("not reached", f"Not reached: no trial passed the gate (Local TPE {gate:.2f} on CIFAR-10).")
 
 

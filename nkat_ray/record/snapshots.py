@@ -14,11 +14,7 @@ PUSH_S: Final = 60.0  # between two copies into a bucket: the most that is lost 
 
 
 class NoticesInJournal(Observer):
-    """Write every notice into the journal, for the reports.
-
-    Args:
-        run: the run.
-    """
+    """Write every notice into the journal, for the reports."""
 
     def __init__(self, run: Run) -> None:
         self._journal = run.journal
@@ -32,9 +28,6 @@ class Snapshots(Observer):
     """Write the tables during a run, and copy its folder into its bucket.
 
     If the disk or the bucket fails, the journal gets a notice, and the next snapshot or copy tries again.
-
-    Args:
-        run: the run.
     """
 
     def __init__(self, run: Run) -> None:

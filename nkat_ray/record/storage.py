@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from nkat_ray.data.cache import user_cache
 from nkat_ray.errors import UserError
+from nkat_ray.fields import place_fault
 from nkat_ray.files import CONFIG_FILE, JOURNAL_FILE, is_own, nearest_existing
 
 LOCK_FILE = "driver.lock"
@@ -24,15 +25,10 @@ TUNE_FOLDER = "tune"
 
 @dataclass(frozen=True)
 class RunStorage:
-    """The storage of one run.
+    """The storage of one run."""
 
-    Attributes:
-        local: folder of the files that must be local.
-        remote: URI of its copy in a bucket; None if the storage path is a folder.
-    """
-
-    local: Path
-    remote: str | None
+    local: Path  # folder of the files that must be local
+    remote: str | None  # URI of its copy in a bucket; None if the storage path is a folder
     _pushed: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)  # size, mtime
 
     @property
@@ -140,11 +136,7 @@ def newest_run(storage_path: str) -> str | None:
 
 
 def check_writable(storage_path: str) -> None:
-    """Refuse a storage path that is not writable.
-
-    Raises:
-        UserError: it cannot be reached or written.
-    """
+    """Refuse (UserError) a storage path that cannot be reached or written."""
     if is_uri(storage_path):
         try:
             _info(storage_path)
@@ -167,20 +159,23 @@ def existing_folder(storage_path: str) -> Path:
     """Return the folder that a storage path names, or the nearest one above it that exists.
 
     Raises:
-        UserError: a file is in the way.
+        UserError: a file is in the way, or a name is too long or not in UTF-8.
     """
-    existing = nearest_existing(Path(storage_path).expanduser().absolute())
+    try:
+        path = Path(storage_path).expanduser().absolute()  # the current folder has names, too
+        existing = nearest_existing(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home of that user
+        fault = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"storage_path is {storage_path!r}; {fault}; choose another --storage_path") from error
+    if fault := place_fault(str(path)):
+        raise UserError(f"storage_path is {storage_path!r}, {str(path)!r}; {fault}")
     if not existing.is_dir():
         raise UserError(f"storage_path is {storage_path!r}; {existing} is no folder; choose another --storage_path")
     return existing
 
 
 def check_owner(folder: Path) -> None:
-    """Refuse the folder of another user, since its files determine what this process loads.
-
-    Raises:
-        UserError: it belongs to another user.
-    """
+    """Refuse (UserError) the folder of another user, since its files determine what this process loads."""
     if not is_own(folder):
         raise UserError(f"{folder} belongs to user {folder.stat().st_uid}, not to you; only your own runs are resumed")
 

@@ -28,17 +28,15 @@ def write_tables(folder: Path, config: RunConfig, state: RunState) -> None:
         "notes_gate": NOTES_GATE,
         "seed": config.seed,
     }
-    tables.write_trials(folder / TRIALS_FILE, trial_rows(state, config), metadata=about)
-    tables.write_curves(folder / CURVES_FILE, curve_rows(state), metadata=about)
-    tables.write_stage2(folder / STAGE2_FILE, stage2_rows(state), metadata=about)
+    tables.write_rows(folder / TRIALS_FILE, trial_rows(state, config), metadata=about)
+    tables.write_rows(folder / CURVES_FILE, curve_rows(state), metadata=about)
+    tables.write_rows(folder / STAGE2_FILE, stage2_rows(state), metadata=about)
 
 
 def summarise(config: RunConfig, state: RunState, data: Mapping[str, Any], code: int | None) -> dict[str, Any]:
     """Compute summary.json (docs/spec.md section 8).
 
     Args:
-        config: the run's configuration.
-        state: the state of its journal.
         data: description of the datasets, from `describe_data`.
         code: the run's exit code; None while it is in progress.
     """

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from nkat_ray.config import TrialConfig
 from nkat_ray.errors import UserError
 from nkat_ray.fields import field_types
-from nkat_ray.files import write_atomically
+from nkat_ray.files import CURVES_FILE, STAGE2_FILE, TRIALS_FILE, write_atomically
 from nkat_ray.metrics import NKAT_SCALARS
 
 Row = dict[str, Any]
@@ -110,6 +110,7 @@ STAGE2_SCHEMA: Final = pa.schema(
         ("started_s", pa.float64()),  # start of the transfer, in seconds from the run's start
     ]
 )
+SCHEMAS: Final = {TRIALS_FILE: TRIALS_SCHEMA, CURVES_FILE: CURVES_SCHEMA, STAGE2_FILE: STAGE2_SCHEMA}
 
 
 def config_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,28 +125,27 @@ def frame(rows: Rows, schema: pa.Schema) -> Any:
     return table.to_pandas() if importlib.util.find_spec("pandas") else table
 
 
-def write_trials(path: Path, rows: Rows, *, metadata: Mapping[str, object] | None = None) -> None:
-    """Write trials.parquet, one row per trial; NaN becomes null.
+def write_rows(path: Path, rows: Rows, *, metadata: Mapping[str, object] | None = None) -> None:
+    """Write one of the three tables, which the file's name determines; its folder must exist.
+
+    NaN becomes null, except in curves.parquet, where it marks the last row of a diverged trial.
 
     Args:
-        path: the file; its folder must exist.
         rows: dicts with the schema's keys; missing ones are null.
         metadata: stored as text in the file's schema (the run's name, gate, seed).
 
     Raises:
         ValueError: a key that is not in the schema, or a value that does not fit its type.
     """
-    _write(path, rows, TRIALS_SCHEMA, metadata, nan_is_null=True)
-
-
-def write_curves(path: Path, rows: Rows, *, metadata: Mapping[str, object] | None = None) -> None:
-    """Write curves.parquet, one row per trial and epoch; NaN stays NaN, as the last row of a diverged trial."""
-    _write(path, rows, CURVES_SCHEMA, metadata, nan_is_null=False)
-
-
-def write_stage2(path: Path, rows: Rows, *, metadata: Mapping[str, object] | None = None) -> None:
-    """Write stage2.parquet, one row per survivor and dataset; NaN becomes null."""
-    _write(path, rows, STAGE2_SCHEMA, metadata, nan_is_null=True)
+    schema, rows = SCHEMAS[path.name], list(rows)
+    unknown = sorted({key for row in rows for key in row} - set(schema.names))
+    if unknown:
+        raise ValueError(f"{path.name} has no column {', '.join(unknown)}; columns are added in record/tables.py")
+    columns = [_column(rows, field, nan_is_null=path.name != CURVES_FILE) for field in schema]
+    text = {key: str(value) for key, value in (metadata or {}).items()}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema.with_metadata(text or None)), sink)
+    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -174,10 +174,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_summary(path: Path, *needed: str) -> dict[str, Any]:
     """Read summary.json, or another JSON object of a run.
-
-    Args:
-        path: the file.
-        needed: keys that it must have.
 
     Raises:
         UserError: the file is not a JSON object, or lacks a needed key.
@@ -210,20 +206,6 @@ def _require(given: Mapping[str, Any], keys: Iterable[str], what: str) -> None:
     missing = [key for key in keys if key not in given]
     if missing:
         raise ValueError(f"{what} lacks {', '.join(missing)}; every key of docs/spec.md section 8 must be there")
-
-
-def _write(
-    path: Path, rows: Rows, schema: pa.Schema, metadata: Mapping[str, object] | None, *, nan_is_null: bool
-) -> None:
-    rows = list(rows)
-    unknown = sorted({key for row in rows for key in row} - set(schema.names))
-    if unknown:
-        raise ValueError(f"{path.name} has no column {', '.join(unknown)}; columns are added in record/tables.py")
-    columns = [_column(rows, field, nan_is_null=nan_is_null) for field in schema]
-    text = {key: str(value) for key, value in (metadata or {}).items()}
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema.with_metadata(text or None)), sink)
-    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def _column(rows: list[Mapping[str, Any]], field: pa.Field, *, nan_is_null: bool) -> pa.Array:

@@ -31,6 +31,7 @@ from nkat_ray.metrics import (
     VAL_ACCURACY,
     accuracy_for,
     accuracy_needed,
+    modulation_bound,
     tpe_score,
 )
 from nkat_ray.record import scoring
@@ -87,17 +88,13 @@ class Diagnosis:
 class Limits:
     """What limits a run, in the order in which the report says it. Empty where the data say nothing."""
 
-    demands: list[Demand]
-    """What each design of its space asks of CIFAR-10."""
-    others: dict[str, float]
-    """Accuracies on the other datasets that the demands rest on."""
-    measured: list[str]
-    """Those of them that this run has measured; the rest are assumed."""
+    demands: list[Demand]  # what each design of its space asks of CIFAR-10
+    others: dict[str, float]  # accuracies on the other datasets that the demands rest on
+    measured: list[str]  # those of them that this run has measured; the rest are assumed
     gap: str
     losses: list[Loss]
     reach: str
-    diagnoses: list[Diagnosis]
-    """One per limited trial: the winner or the closest first, then by score."""
+    diagnoses: list[Diagnosis]  # one per limited trial: the winner or the closest first, then by score
     steps: list[Step]
 
 
@@ -249,22 +246,19 @@ def diagnose(row: Row, curve: Sequence[Row], needed: float) -> Diagnosis | None:
     if config.top_k is not None and config.top_k >= tokens:
         text = f"top_k {config.top_k} keeps all {tokens} tokens: it filters nothing"
         return Diagnosis(row["trial"], "top_k without effect", text)
-    if (change := modulation_bound(config, points[-1])) is not None and change < NO_EFFECT:
+    if (change := largest_modulation(config, points[-1])) is not None and change < NO_EFFECT:
         text = f"the NKAT modulation changes attention by at most {100 * change:.2g} %: it has no effect on the score"
         return Diagnosis(row["trial"], "modulation without effect", text)
     return None
 
 
-def modulation_bound(config: TrialConfig, point: Row) -> float | None:
-    """Return how far the modulation's factor can be from 1 in any block (docs/spec.md section 3); None if not known.
-
-    The factor is 1 + strength * decay^l * (alpha tanh(mean) + beta sigmoid(var)), with tanh and sigmoid within 1.
-    """
+def largest_modulation(config: TrialConfig, point: Row) -> float | None:
+    """Return how far the modulation's factor can be from 1 in any block; None if not known."""
     alpha, beta = point.get("alpha"), point.get("beta")
     if not alpha or not beta:
         return None
-    blocks = enumerate(zip(alpha, beta, strict=True))
-    return max(float(config.nkat_strength * config.nkat_decay**block * (abs(a) + abs(b))) for block, (a, b) in blocks)
+    strengths = (config.nkat_strength * config.nkat_decay**block for block in range(len(alpha)))
+    return max(map(modulation_bound, strengths, alpha, beta))
 
 
 def _known(kind: type[T], saved: Mapping[str, Any]) -> T | None:

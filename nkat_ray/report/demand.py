@@ -27,10 +27,8 @@ class Demand:
     conv_stem: str
     widths: tuple[int, ...]
     lambda_theory: Bounds
-    gate: Bounds
-    """Accuracy at which a trial passes the gate; above 1 none suffices."""
-    target: Bounds
-    """Accuracy at which Global TPE reaches its target; above 1 none suffices."""
+    gate: Bounds  # accuracy at which a trial passes the gate; above 1 none suffices
+    target: Bounds  # accuracy at which Global TPE reaches its target; above 1 none suffices
 
     @property
     def design(self) -> str:
@@ -39,13 +37,7 @@ class Demand:
 
 
 def demands(run: RunConfig, space: Mapping[str, Domain], others: Iterable[float]) -> list[Demand]:
-    """Compute the demands of every stem and width of a search space; widths with the same lambda share one.
-
-    Args:
-        run: the run, for its lambda model and its gate.
-        space: the searched parameters.
-        others: accuracies on the other datasets, 0..1.
-    """
+    """Compute the demands of every stem and width of a search space; widths with the same lambda share one."""
     known, target = list(others), GLOBAL_TARGETS["global_tpe"]
     lambdas: dict[tuple[str, int], list[float]] = {}
     for config in design_configs(run, space):
@@ -72,7 +64,6 @@ def other_accuracies(rows: scoring.Rows, winner: int | None) -> tuple[dict[str, 
     """Return the accuracies of the datasets other than CIFAR-10, and the names of those that were measured.
 
     Args:
-        rows: stage2 rows.
         winner: the trial whose test accuracies are used; for a dataset without one ASSUMED_ACCURACY is.
     """
     tested = scoring.of_trial(rows, winner)

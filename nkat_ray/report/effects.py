@@ -35,19 +35,12 @@ class Comparison:
     """All trials after the same epoch."""
 
     epoch: int
-    scores: Mapping[int, float]
-    """Local TPE after that epoch by trial number."""
-    effects: Sequence[Effect]
-    """Of the parameters that varied, largest first."""
+    scores: Mapping[int, float]  # Local TPE after that epoch by trial number
+    effects: Sequence[Effect]  # of the parameters that varied, largest first
 
 
 def compare_trials(trials: Rows, curves: Rows, parameters: Sequence[str]) -> Comparison | None:
     """Compare all trials after the latest epoch for which nearly all of them have a score.
-
-    Args:
-        trials: rows of trials.parquet.
-        curves: rows of curves.parquet.
-        parameters: names of the searched parameters.
 
     Returns:
         The comparison; None where fewer than `LEAST_TRIALS` trials have a score after the same epoch.
@@ -76,11 +69,7 @@ def equal_epoch(curves: Rows) -> tuple[int, dict[int, float]]:
 
 
 def grouped(points: Sequence[tuple[Any, float]]) -> list[list[float]]:
-    """Group scores by a parameter's value, or by thirds of the ranked values if it has many values.
-
-    Args:
-        points: value and score of each trial.
-    """
+    """Group the scores of (value, score) pairs by value, or by thirds of the ranked values if there are many."""
     values = {str(value) for value, _ in points}
     if len(values) <= MOST_GROUPS:
         return [[score for value, score in points if str(value) == own] for own in sorted(values)]

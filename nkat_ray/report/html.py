@@ -42,8 +42,6 @@ def write_report(run_folder: Path, out: Path | None = None, *, summary: Mapping[
     """Write one run's report and return its path.
 
     Args:
-        run_folder: the run's folder.
-        out: the file; default: report.html in the run's folder.
         summary: the keys of summary.json if that file has not been written yet.
 
     Raises:
@@ -142,8 +140,7 @@ class Ranked:
     """One survivor's place: validation figures decide, test figures are reported."""
 
     trial: int
-    counted: int
-    """Datasets that count, by validation."""
+    counted: int  # datasets that count, by validation
     validation: float
     test: float
     lambda_theory: float | None
@@ -165,12 +162,9 @@ class TrialView:
     """One row of the trials table."""
 
     row: Row
-    why: str
-    """In one line: the error, or what ended it."""
-    curve: str
-    """Points of its sparkline, as SVG has them."""
-    command: str
-    """Trains its configuration again."""
+    why: str  # in one line: the error, or what ended it
+    curve: str  # points of its sparkline, as SVG has them
+    command: str  # trains its configuration again
 
 
 def trial_views(run: RecordedRun) -> list[TrialView]:

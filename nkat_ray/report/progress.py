@@ -7,7 +7,6 @@ datasets. Lines about trials that have ended stay in the scrollback above it. ta
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Final, Self
 
 from rich.console import Console
@@ -33,11 +32,7 @@ class Progress(Observer):
     plain lines; nothing on a quiet console. Its methods are called from one thread.
 
     Args:
-        config: the run.
         datasets: the datasets of Stage 2, Stage 1's among them, for the header and the estimate of the time left.
-        title: display name of the run; default: its name.
-        console: where to print; default: standard output.
-        clock: monotonic seconds; for tests.
     """
 
     def __init__(
@@ -75,9 +70,7 @@ class Progress(Observer):
         self._display.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._display.stop()
 
     def on_tick(self) -> None:

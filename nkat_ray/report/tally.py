@@ -24,17 +24,11 @@ class Running:
 
 @dataclass
 class Trials:
-    """Count Stage 1's trials.
+    """Count Stage 1's trials."""
 
-    Attributes:
-        epochs: epochs of a trial that is not stopped early.
-        total: trials of the run.
-        epochs_done: epochs since this process began, without those before a resume.
-    """
-
-    epochs: int
-    total: int = 0
-    epochs_done: int = 0
+    epochs: int  # epochs of a trial that is not stopped early
+    total: int = 0  # trials of the run
+    epochs_done: int = 0  # epochs since this process began, without those before a resume
     running: dict[int, Running] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
     epochs_ended: int = 0  # of the ended trials

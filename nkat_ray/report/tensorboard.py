@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
@@ -79,7 +78,6 @@ class TensorBoardLog(Observer):
     Args:
         folder: what TensorBoard reads (`--logdir`); made at once.
         space: the search space; its parameters become the columns of HPARAMS.
-        base: configuration of a trial, except for the proposed values.
     """
 
     def __init__(
@@ -98,9 +96,7 @@ class TensorBoardLog(Observer):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def on_trial_start(self, trial: int, params: Mapping[str, Any]) -> None:
@@ -156,14 +152,7 @@ class TensorBoardLog(Observer):
         curves: Sequence[Mapping[str, Any]] = (),
         pictures: Mapping[str, Image.Image] | None = None,
     ) -> None:
-        """Write verdict, scores and the chart of baseline, winner and gate, in place of earlier ones.
-
-        Args:
-            summary: keys of summary.json.
-            stage2: rows of stage2.parquet.
-            curves: rows of curves.parquet.
-            pictures: of the winner, by tag.
-        """
+        """Write verdict, scores and the chart of baseline, winner and gate, in place of earlier ones."""
         winner = summary["winner"]["trial"] if summary.get("winner") else None
         for trial in sorted({row["trial"] for row in stage2}):
             with _event_file(self._folder_of(trial, {}), SCORED) as writer:
@@ -219,9 +208,7 @@ def markdown_table(
     """Return the table metric | before | now | target | gap, and one of the winner's datasets below it, in Markdown.
 
     Args:
-        stage2: rows of stage2.parquet.
         winner: the best survivor's number; None leaves the second table out.
-        datasets: those that the run was asked to cover.
     """
     stage2 = list(stage2)
     counted = scoring.datasets_counted(stage2, winner)

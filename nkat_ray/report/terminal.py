@@ -197,10 +197,7 @@ def final_report(
     """Print the result of a run; within 80 columns, unless a dataset of the user's own has a long name.
 
     Args:
-        summary: keys of summary.json (docs/spec.md section 8).
         trials: rows of trials.parquet; none for an evaluation, which has no search.
-        stage2: rows of stage2.parquet.
-        console: where to print.
         folder: the run's folder, for the paths at the end.
     """
     winner = summary["winner"]["trial"] if summary["winner"] else None

@@ -21,15 +21,12 @@ class Work:
     """One trial, or one task of Stage 2, in its slot; times in seconds from the run's start."""
 
     name: str
-    kind: str
-    """A stop reason, or `Stage 2`."""
+    kind: str  # a stop reason, or `Stage 2`
     node: str
     start: float
     end: float
-    trained: float
-    """Seconds of it spent on training."""
-    label: str = ""
-    """Written on its bar."""
+    trained: float  # seconds of it spent on training
+    label: str = ""  # written on its bar
 
 
 def work_of(run: RecordedRun) -> list[Work]:

@@ -27,15 +27,7 @@ def accuracy_phrase(row: Mapping[str, Any]) -> str:
 
 
 def after_the_fact(summary: Mapping[str, Any], folder: Path) -> str:
-    """Return the command that runs Stage 2 on the best trials of a run without survivors.
-
-    Args:
-        summary: keys of summary.json.
-        folder: the run's folder.
-
-    Returns:
-        The command; empty if a trial passed the gate, or if no weights are kept.
-    """
+    """Return the command that runs Stage 2 on a run's best trials; empty with survivors, or without kept weights."""
     kept = summary.get("weights_kept")
     if summary["survivors"] or not kept:
         return ""

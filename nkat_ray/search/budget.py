@@ -20,10 +20,6 @@ class Budget(TrialStopper):
 
     A trial also measures the remaining time itself and returns within an epoch. The driver's clock is needed for trials
     that were restarted after an error.
-
-    Args:
-        run: configuration with the limits.
-        state: state of the journal: which trials passed the gate, and the working time of earlier drivers.
     """
 
     def __init__(self, run: RunConfig, state: RunState) -> None:
@@ -52,7 +48,6 @@ class Budget(TrialStopper):
         """Return the reason to stop a trial now; None if it may continue.
 
         Args:
-            trial: number of the trial.
             epoch: last finished epoch, 0 before the first.
             best: best Local TPE so far, -inf if no score was finite.
         """
@@ -89,7 +84,6 @@ def only_failures(records: Collection[TrialRecord], limit: int | None) -> str | 
     A trial that has not failed and has a finite score, if only of one epoch, is a success.
 
     Args:
-        records: all trials of the run, those of earlier drivers included.
         limit: number of failed trials that ends the run (`--max_failed`), >= 1; None for no limit.
     """
     failed = [record for record in records if record.failed]

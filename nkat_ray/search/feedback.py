@@ -44,12 +44,6 @@ class Feedback:
     A survivor that has ended takes precedence over new trials: its weights are final and its slot is free. A survivor
     that is still training is validated only on a slot that no new trial needs; if its score improves afterwards, it is
     validated again after its end.
-
-    Args:
-        validation: validates the survivors.
-        state: state of the journal.
-        gate: Local TPE to reach.
-        stage: Stage 1.
     """
 
     def __init__(self, validation: SurvivorValidation, state: RunState, gate: float, stage: "Stage1") -> None:

@@ -24,8 +24,6 @@ def outcome_of(record: TrialRecord, gate: float, score: float | None) -> Outcome
     """Return the outcome of an ended trial; None while it is unknown.
 
     Args:
-        record: the trial.
-        gate: Local TPE to reach.
         score: a survivor's value for Optuna; NaN if it could not be determined, None if it is not known yet.
     """
     if record.best_row() is None or record.failed:

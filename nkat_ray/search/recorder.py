@@ -42,9 +42,7 @@ class Recorder(Callback):
 
     Args:
         journal: journal of the run; each event is written before it is passed on.
-        gate: Local TPE to reach.
         folder: Tune's folder of this attempt, a path or a URI, which contains the checkpoints.
-        stage: receives every event.
 
     Attributes:
         first_error: error of the first trial of this driver that failed, with its traceback as text.
@@ -162,7 +160,6 @@ def remove_checkpoints(record: TrialRecord, *, keep_weights: bool) -> None:
     """Remove a trial's checkpoints; its curve stays in the journal.
 
     Args:
-        record: the trial.
         keep_weights: whether the newest checkpoint keeps the best weights, without the state of the training.
     """
     for place, path in enumerate(reversed(record.checkpoints)):

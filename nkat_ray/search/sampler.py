@@ -6,12 +6,7 @@ from nkat_ray.config import Sampler
 
 
 def make_sampler(name: Sampler, *, seed: int) -> BaseSampler:
-    """Create a sampler.
-
-    Args:
-        name: tpe, random or gp.
-        seed: seed of its random draws, >= 0.
-    """
+    """Create a sampler."""
     if name == "tpe":
         return TPESampler(seed=seed, multivariate=True, constant_liar=True)
     return RandomSampler(seed=seed) if name == "random" else GPSampler(seed=seed)

@@ -19,10 +19,7 @@ class ResumableASHA(AsyncHyperBandScheduler):
     the trial is added again, so that a continued trial is not judged again at a rung that it has passed.
 
     Args:
-        max_t: last epoch, >= 1.
-        grace_period: epochs before a trial may be stopped, 1..max_t.
         reduction_factor: at each rung the best 1 / reduction_factor of the trials continue, >= 2.
-        earlier: trials of the journal, in any order.
     """
 
     def __init__(

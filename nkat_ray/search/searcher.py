@@ -67,7 +67,6 @@ class GatedOptunaSearch(OptunaSearch):
     searcher brings the study up to date with the journal, and adds the trials of an earlier run (`run.warm`) once.
 
     Args:
-        run: the run: space, journal, folder (with the study's file), number of trials, seed, gate and sampler.
         points: the first trials, in order, each with all parameters of the space.
         pace: limits on new trials, and the value of a survivor.
     """

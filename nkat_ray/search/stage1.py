@@ -45,13 +45,9 @@ class Stage1(Pace):
     """Stage 1 of one run: start or continue it, and record every event in the run's journal.
 
     Args:
-        run: the run.
         data: CIFAR-10, passed to every trial through the object store.
-        cluster: nodes that the run uses.
-        vault: keeps the survivors' weights.
         observer: receives every event after it is in the journal.
         validation: validates survivors on the datasets of Stage 2 as they pass (`--feedback global`).
-        interruption: signals that end the run.
     """
 
     def __init__(

@@ -33,9 +33,7 @@ def at_last_epoch(epoch: int, best: float, gate: float) -> Stop:
     """Return the stop of a trial at its last epoch: `finished` for a survivor, else `gate`.
 
     Args:
-        epoch: the last epoch.
         best: the trial's best Local TPE, -inf if no score was finite.
-        gate: Local TPE to reach.
     """
     passed = best >= gate
     detail = f"epoch {epoch}: Local TPE {best:.4f} {'>=' if passed else '<'} gate {gate}"

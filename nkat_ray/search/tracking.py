@@ -18,11 +18,7 @@ MLFLOW_FILES: Final = "MLFLOW_ALLOW_FILE_STORE"  # MLflow 3 refuses a folder wit
 
 
 def refuse_absent(run: RunConfig) -> None:
-    """Refuse a tracker that is not usable.
-
-    Raises:
-        UserError: its package is not installed, or Weights & Biases has no API key.
-    """
+    """Refuse (UserError) a tracker whose package is not installed, or Weights & Biases without an API key."""
     if run.log_to == "off":
         return
     if importlib.util.find_spec(run.log_to) is None:
@@ -44,7 +40,6 @@ def trackers_of(run: RunConfig, folder: Path) -> "list[Callback]":
 
     Args:
         run: configuration; the run's name becomes the experiment in MLflow or the group in Weights & Biases.
-        folder: the run's local folder.
     """
     if run.log_to == "mlflow":
         from ray.air.integrations.mlflow import MLflowLoggerCallback

@@ -67,9 +67,6 @@ def train_trial(
     Args:
         params: the proposed values, with `trial`, `seed`, `resume_from` (checkpoints of an earlier driver, newest
             first) and `seconds_left` (of Stage 1, counted from the start of the trial; None without a limit).
-        run: the run's configuration.
-        data: CIFAR-10.
-        vault: receives the weights of a trial that has passed the gate.
     """
     deadline_s = math.inf if params[SECONDS_LEFT] is None else time.time() + params[SECONDS_LEFT]
     config = trial_config(run, params)

@@ -22,10 +22,6 @@ class UserStops:
     A trial that trains ends at once, inside its epoch: its process is killed, which frees its slot, and the reason lies
     on Tune's trial for the recorder. A trial that waits for its slot ends when it has it. A request stays until the
     end is in the journal, so that the next driver acts on one that this driver did not live to fulfil.
-
-    Args:
-        folder: the run's local folder.
-        state: says which trials have ended.
     """
 
     def __init__(self, folder: Path, state: RunState) -> None:

@@ -38,11 +38,7 @@ class Vault:
 
 
 def open_vault(name: str) -> ActorHandle[Any]:
-    """Start this driver's vault on the driver's node, since a worker node may be a spot instance.
-
-    Args:
-        name: label in `ray list actors`.
-    """
+    """Start this driver's vault on the driver's node, since a worker node may be a spot instance."""
     actor: Any = Vault  # ray.remote's stub has no `options`
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     handle: ActorHandle[Any] = actor.options(
@@ -52,11 +48,7 @@ def open_vault(name: str) -> ActorHandle[Any]:
 
 
 def deposit(vault: ActorHandle[Any], trial: int, score: float, payload: bytes) -> bool:
-    """Send weights to the vault and wait until it has them.
-
-    Returns:
-        Whether the vault has them; False if it is gone, so that the weights are on disk only.
-    """
+    """Send weights to the vault, and wait; return False if it is gone, so that the weights are on disk only."""
     try:
         ray.get(vault.put.remote(trial, score, payload))
     except RayActorError:

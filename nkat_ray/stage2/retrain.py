@@ -24,11 +24,7 @@ def retrained(
 
     Args:
         payload: the network, as bytes of safetensors.
-        dataset: dataset to train on.
-        selection: training and validation images of the dataset.
         seeds: number of the training -> seed.
-        share: resources of each training.
-        notice: called with each notice, one line.
 
     Yields:
         Number of the training and the new network, in the order in which they finish.

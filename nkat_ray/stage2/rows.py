@@ -27,9 +27,6 @@ def validated_row(survivor: Survivor, dataset: Dataset, run: RunConfig, figures:
     """Return the row of a validation; with an accuracy at or below chance it is `failed` and has no score.
 
     Args:
-        survivor: the trial.
-        dataset: the dataset.
-        run: configuration with the lambda model of the score.
         figures: measured columns, including `val_accuracy` (0..1).
     """
     accuracy, classes = figures["val_accuracy"], dataset.classes
@@ -41,15 +38,7 @@ def validated_row(survivor: Survivor, dataset: Dataset, run: RunConfig, figures:
 
 
 def tested_row(validated: Mapping[str, Any], survivor: Survivor, run: RunConfig, correct: int, n: int) -> Row:
-    """Complete a row with the result of its test: accuracy, interval, and TPE under each lambda model.
-
-    Args:
-        validated: the row of the validation.
-        survivor: its trial.
-        run: configuration with the lambda model of the column `tpe`.
-        correct: number of test images that were classified correctly, 0..n.
-        n: number of test images, >= 1.
-    """
+    """Complete a row with the result of its test: accuracy, interval, and TPE under each lambda model."""
     accuracy, (low, high) = correct / n, wilson_interval(correct, n)
     row = {**validated, "test_accuracy": accuracy, "n_test": n, "ci_low": low, "ci_high": high}
     if not counts(accuracy, row["classes"]):

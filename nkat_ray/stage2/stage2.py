@@ -26,12 +26,6 @@ from nkat_ray.stage2.weights import transferred_file, weights_on_disk
 class Stage2:
     """Stage 2 of one run; work that an earlier driver finished is not repeated.
 
-    Args:
-        run: the run.
-        cluster: nodes that the run uses.
-        vault: keeps the survivors' weights.
-        observer: receives every row after it is in the journal.
-
     Attributes:
         validation: the validation, which Stage 1 uses too with `--feedback global`.
     """

@@ -38,8 +38,6 @@ def survivor_of(record: TrialRecord, config: RunConfig, cluster: Cluster) -> Sur
 
     Args:
         record: the trial, with at least one epoch.
-        config: the run's configuration.
-        cluster: nodes that the run uses, which determine the resources of a task.
     """
     trial, last = trial_config(config, record.params), record.curve[max(record.curve)]
     return Survivor(
@@ -50,13 +48,7 @@ def survivor_of(record: TrialRecord, config: RunConfig, cluster: Cluster) -> Sur
 
 
 def model_survivor(folder: Path, share: Share, *, trial: int = 0) -> Survivor:
-    """Create a survivor from a single network.
-
-    Args:
-        folder: folder with weights.safetensors.
-        share: resources of a task.
-        trial: number of the survivor.
-    """
+    """Create a survivor from a single network."""
     weights = Weights.from_bytes((folder / WEIGHTS_FILE).read_bytes())
     model, config = weights.build(), weights.config
     return Survivor(

@@ -31,9 +31,6 @@ class Tasks(Generic[Subject]):
         """Submit a task.
 
         Args:
-            subject: identifies the task.
-            function: function to call on a worker with the arguments and the share.
-            arguments: values, or references to values in the object store.
             share: resources; the task waits until a node has them free.
         """
         # Resources must go to the decorator: with `options` Ray would reuse a GPU worker, which keeps its GPU memory.

@@ -22,11 +22,6 @@ def score_on_test(run: Run, survivors: Mapping[int, Survivor], observer: Observe
 
     Each completed row of stage2.parquet goes into the journal at once. A row without transferred weights, as a failed
     validation leaves it, is completed without a test.
-
-    Args:
-        run: the run; its ranking is in the journal.
-        survivors: number of the trial -> survivor.
-        observer: receives every row after it is in the journal.
     """
 
     def keep(row: Row) -> None:

@@ -44,12 +44,6 @@ class Validation:
 
     A row goes into the journal after its weights have been written below `stage2/`, so that a killed driver loses no
     finished work.
-
-    Args:
-        run: the run; each dataset is read once.
-        cluster: nodes that the run uses.
-        vault: keeps the survivors' weights.
-        observer: receives every row after it is in the journal.
     """
 
     def __init__(self, run: Run, *, cluster: Cluster, vault: ActorHandle[Any], observer: Observer) -> None:
@@ -85,7 +79,6 @@ class Validation:
         Rows that need no task are recorded at once: of missing or unreadable datasets, and of lost weights.
 
         Args:
-            survivors: the survivors.
             done: pairs of trial and dataset to leave out.
         """
         for survivor in survivors:

@@ -15,13 +15,7 @@ from nkat_ray.train.checkpoint import CheckpointError, Weights
 
 
 def transferred_file(folder: Path, trial: int, dataset: str) -> Path:
-    """Return the file of a survivor's weights for a dataset; the validation writes it, the test reads it.
-
-    Args:
-        folder: the run's local folder.
-        trial: the survivor's number.
-        dataset: the dataset's name.
-    """
+    """Return the file of a survivor's weights for a dataset; the validation writes it, the test reads it."""
     return folder / STAGE2_FOLDER / f"trial_{trial:04d}-{dataset}.safetensors"
 
 
@@ -43,12 +37,7 @@ def weights_on_disk(checkpoints: Sequence[str]) -> bytes | None:
 
 
 class WeightSource:
-    """Fetch survivors' weights by reference, each once: from the vault, else from disk with a notice.
-
-    Args:
-        vault: keeps the weights that trials deposited.
-        notice: called with one line when weights are read from disk.
-    """
+    """Fetch survivors' weights by reference, each once: from the vault, else from disk with a notice."""
 
     def __init__(self, vault: ActorHandle[Any], notice: Callable[[str], None]) -> None:
         self._vault, self._notice = vault, notice

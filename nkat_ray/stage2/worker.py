@@ -26,14 +26,6 @@ def transfer_weights(
 
     On CIFAR-10 the network is validated without training.
 
-    Args:
-        payload: the network.
-        selection: training and validation images of the dataset.
-        traits: properties of the dataset.
-        run: configuration with the settings of the transfer.
-        seed: seed of the transfer.
-        share: resources of the task.
-
     Returns:
         The transferred network, columns of stage2.parquet, and notices.
 
@@ -56,16 +48,7 @@ def transfer_weights(
 
 
 def count_on_test(payload: bytes, split: Split, share: Share) -> tuple[int, int]:
-    """Count the test images that a network classifies correctly.
-
-    Args:
-        payload: the network.
-        split: test images.
-        share: resources of the task.
-
-    Returns:
-        Number of correct images, and number of all images.
-    """
+    """Return the number of test images that a network classifies correctly, and that of all."""
     images = ImageSet(split.images, split.labels, None, device_for(share.gpus, share.cpus))
     return count_correct_of(Weights.from_bytes(payload), images), len(images)
 
@@ -74,13 +57,6 @@ def retrain_weights(
     payload: bytes, selection: Selection, traits: Traits, seed: int, share: Share
 ) -> tuple[bytes, list[str]]:
     """Train a network's design from scratch with its own recipe (docs/spec.md section 6.4).
-
-    Args:
-        payload: the network.
-        selection: training and validation images.
-        traits: properties of the dataset.
-        seed: seed of the new training.
-        share: resources of the task.
 
     Returns:
         The network after the last epoch, and notices.

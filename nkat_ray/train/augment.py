@@ -33,8 +33,6 @@ def augment(images: Tensor, config: TrialConfig, *, flip: bool, generator: Gener
         images: uint8 (B, 3, H, W), H and W above 4; not modified.
         config: `randaugment`, `channel_shuffle` and `cutout`, each skipped when off; the crop is always made.
         flip: whether a mirrored image still belongs to its class; False for digits and letters.
-        generator: source of all draws.
-        cutout_fill: see `cutout`.
 
     Returns:
         uint8 (B, 3, H, W).
@@ -50,14 +48,6 @@ def augment(images: Tensor, config: TrialConfig, *, flip: bool, generator: Gener
 
 def draw(n: int, height: int, width: int, config: TrialConfig, *, flip: bool, generator: Generator) -> Tensor:
     """Draw what `apply` does to n images of height x width pixels, independently for each image.
-
-    Args:
-        n: number of images.
-        height: in pixels.
-        width: in pixels.
-        config: see `augment`.
-        flip: see `augment`.
-        generator: source of all draws.
 
     Returns:
         int64 (K, n), one row per choice, on the generator's device: top and left edge of the crop; 1 for a mirrored
@@ -82,9 +72,6 @@ def apply(images: Tensor, draws: Tensor, config: TrialConfig, *, flip: bool, cut
     Args:
         images: uint8 (n, 3, H, W); not modified.
         draws: what `draw` returned for `config` and `flip`.
-        config: see `augment`.
-        flip: see `augment`.
-        cutout_fill: see `cutout`.
 
     Returns:
         uint8 (n, 3, H, W).
@@ -154,7 +141,6 @@ def cutout(images: Tensor, *, size: int, generator: Generator, fill: Fill = 0) -
     Args:
         images: uint8 (B, 3, H, W); not modified.
         size: side of the square in pixels, >= 1.
-        generator: source of the centres.
         fill: value of the covered pixels, 0..255, one for all channels or one per channel; RandAugment's is 0, black.
 
     Returns:
@@ -207,7 +193,6 @@ def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float, generat
         targets: float (B, K), each row a distribution over classes; not modified.
         mixup: probability of Mixup, 0..1.
         cutmix: probability of CutMix, 0..1; mixup + cutmix <= 1.
-        generator: source of all draws.
 
     Returns:
         Images and targets of the same shapes and types; the inputs themselves when the batch is left alone.
@@ -269,7 +254,6 @@ def sample_beta(alpha: float, *, generator: Generator) -> float:
 
     Args:
         alpha: > 0; fast up to about 2, where one pair in six is accepted.
-        generator: source of the draws.
     """
     while True:
         x, y = torch.rand(2, dtype=torch.float64, generator=generator, device=generator.device).pow(1 / alpha).tolist()

@@ -87,14 +87,7 @@ def _has_hidden_card() -> bool:
 
 
 def gpu_fault(index: int = 0) -> str | None:
-    """Test a GPU with a small matrix product.
-
-    Args:
-        index: number of the GPU among those that this process sees.
-
-    Returns:
-        Why PyTorch cannot use it, as a phrase; `BUSY` if only other work prevents it; None if it can.
-    """
+    """Multiply matrices on a GPU; return why PyTorch cannot, `BUSY` if only other work prevents it, None if it can."""
     if platform.system() == "Darwin":
         return "Apple GPUs are not used"
     if _is_cpu_build():

@@ -30,7 +30,6 @@ class ImageSet:
     Args:
         images: uint8 (N, C, H, W), C 1 or 3, H and W at most 32. On a CPU the array is shared, never copied: several
             trials on one node may use the same read-only array.
-        labels: int64 (N,).
         index: int64 (n,), positions of the images in the set; None takes all.
         device: where batches are made.
     """

@@ -90,9 +90,7 @@ def lr_at(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> flo
 
     Args:
         step: the update, 0..total_steps - 1.
-        peak: the largest rate.
         warmup_steps: updates of the warm-up, 0..total_steps - 1.
-        total_steps: updates of the whole training.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -38,11 +38,7 @@ _AFFINE: Final = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rot
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse anything but uint8 (B, 3, H, W).
-
-    Raises:
-        ValueError: another type or shape.
-    """
+    """Refuse (ValueError) anything but uint8 (B, 3, H, W)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; pass torch.uint8 (B, 3, H, W)")
 
@@ -154,7 +150,6 @@ def apply_operation(images: Tensor, name: str, value: float) -> Tensor:
 
     Args:
         images: uint8 (B, 3, H, W); not modified.
-        name: one of `OPERATIONS`.
         value: the result of `strength`, with its sign.
 
     Returns:

@@ -36,13 +36,10 @@ def transfer(
     """Train a network on another dataset and score it on that dataset's validation images (docs/spec.md section 6.3).
 
     Args:
-        source: the network.
-        data: the new dataset's images.
         mode: `finetune` trains everything behind a fresh head, `probe` the head alone, `scratch` new weights.
         epochs: of `finetune` and `probe`; `scratch` keeps the trial's own.
         lr: peak learning rate, likewise.
         seed: decides the new weights, the order of images and the augmentation.
-        notice: called with one line about anything the user should know.
 
     Returns:
         The network after the last epoch, with its validation accuracy.
@@ -79,14 +76,7 @@ def _freeze_backbone(model: nn.Module) -> None:
 
 
 def save_weights(weights: Weights, payload: bytes, folder: Path, *, class_names: Sequence[str] = ()) -> None:
-    """Write a network in timm's format (`local-dir:`: model.safetensors, config.json), with its recipe beside it.
-
-    Args:
-        weights: the network.
-        payload: the same as bytes (`Weights.to_bytes`).
-        folder: made if needed.
-        class_names: names of the classes, by label.
-    """
+    """Write a network in timm's format (`local-dir:`: model.safetensors, config.json), with its recipe beside it."""
     save_pretrained(weights.build(), folder, class_names=class_names)
     write_atomically(folder / WEIGHTS_FILE, payload)
 

@@ -9,7 +9,7 @@ from ray.exceptions import AuthenticationError
 from nkat_ray.cluster import connect
 from nkat_ray.cluster.connect import connected, nodes_to_come
 from nkat_ray.cluster.gpus import GpuFacts
-from nkat_ray.cluster.resources import Share, cluster_of, room, trial_share
+from nkat_ray.cluster.resources import Share, cluster_of, refuse_oversized, room, trial_share
 from nkat_ray.config import RunConfig, TrialConfig
 from nkat_ray.errors import UserError
 
@@ -59,9 +59,9 @@ def test_the_shipped_cluster_packs_its_gpus_before_any_worker_is_there(
     share = trial_share(TrialConfig(), RunConfig(num_samples=500), there_will_be)
     assert share == Share(cpus=1, gpus=0.125)  # the baseline, as if each GPU had 16 GiB
     assert room(RunConfig(num_samples=500), there_will_be).slots == 32
-    connect.refuse_infeasible([share])
+    refuse_oversized([share], there_will_be)
     with pytest.raises(UserError, match="the largest node has 4 CPU and 1 GPU"):
-        connect.refuse_infeasible([Share(cpus=1, gpus=2.0)])
+        refuse_oversized([Share(cpus=1, gpus=2.0)], there_will_be)
 
 
 # --- the place to compute ---------------------------------------------------------------------------------------------

@@ -140,17 +140,18 @@ NODES = [
     {"Alive": True, "Resources": {"CPU": 32.0}},
     {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}},
 ]
+UNEVEN = cluster_of(NODES, {})
 
 
 @pytest.mark.parametrize("share", [Share(cpus=8, gpus=1.0), Share(cpus=32, gpus=0.0), Share(cpus=1, gpus=0.125)])
 def test_a_request_that_one_node_can_meet_is_not_refused(share: Share) -> None:
-    refuse_oversized(share, NODES)
+    refuse_oversized([share], UNEVEN)
 
 
 @pytest.mark.parametrize("share", [Share(cpus=9, gpus=1.0), Share(cpus=33, gpus=0.0), Share(cpus=1, gpus=2.0)])
 def test_a_request_that_no_single_node_can_meet_is_refused(share: Share) -> None:
     with pytest.raises(UserError, match=r"the largest node has 32 CPU and 1 GPU; choose a smaller --cpus_per_trial"):
-        refuse_oversized(share, NODES)
+        refuse_oversized([share], UNEVEN)
 
 
 def test_few_cores_beside_many_gpus_still_give_each_trial_one() -> None:

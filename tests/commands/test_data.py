@@ -1,9 +1,11 @@
 """`nkat data` as people and scripts use it: what is printed, where, and the exit code."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,3 +159,84 @@ def test_refusals_are_one_line(run: Run, tmp_path: Path) -> None:
     ):
         assert message in err
     assert not (tmp_path / "out").exists()
+
+
+def png(side: int = 8, *, promised: int | None = None) -> bytes:
+    """A PNG of noise; its header may promise another side, which few bytes can do."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(side, side, 3), dtype=np.uint8)).save(buffer, "png")
+    content = buffer.getvalue()
+    if promised is None:
+        return content
+    head = b"IHDR" + promised.to_bytes(4, "big") * 2 + content[24:29]
+    return content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
+
+
+def shards(folder: Path, images: list[bytes | None], labels: pa.Array) -> Path:
+    """Hugging Face's files: whole test images beside these training images; returns the training file."""
+    folder.mkdir()
+    names = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}}}
+    for split, content, numbers in (("test", [png()] * 4, pa.array([0, 1, 0, 1])), ("train", images, labels)):
+        rows = pa.array([{"bytes": image} for image in content], pa.struct([("bytes", pa.binary())]))
+        table = pa.table({"image": rows, "label": numbers}).replace_schema_metadata({"huggingface": json.dumps(names)})
+        pq.write_table(table, folder / f"{split}.parquet")
+    return folder / "train.parquet"
+
+
+LARGEST = 2**63 - 1
+DAMAGED_LABELS = {
+    "out of range": (pa.array([0, 2]), "row 1 has label 2; allowed: 0..1"),
+    "negative": (pa.array([0, -1]), "row 1 has label -1; allowed: 0..1"),
+    "the largest": (pa.array([0, LARGEST]), f"row 1 has label {LARGEST}; allowed: 0..1"),
+    "the largest unsigned": (pa.array([0, 2**64 - 1], pa.uint64()), f"row 1 has label {2**64 - 1}; allowed: 0..1"),
+    "none": (pa.array([0, None]), "1 labels are empty"),
+    "no number": (pa.array([0.0, float("nan")]), "column `label` is double"),
+    "words": (pa.array(["cat", "dog"]), "column `label` is string"),
+}
+DAMAGED_IMAGES = {
+    "empty": (b"", "not in a known format"),
+    "zeros": (bytes(200), "not in a known format"),
+    "none": (None, "images are empty, or only paths"),
+    "cut short": (png()[:100], "no readable image"),
+    "89 million pixels": (png(promised=9_500), "exceeds limit of"),
+    "10 billion pixels": (png(promised=100_000), "exceeds limit of"),
+}
+DAMAGED_BYTES: dict[str, Callable[[bytes], bytes]] = {
+    "no bytes": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "no footer": lambda content: content[:-20],
+    "half": lambda content: content[: len(content) // 2],
+    "zeros at the head": lambda content: bytes(64) + content[64:],
+    "zeros in the footer": lambda content: content[:-200] + bytes(100) + content[-100:],
+    "a footer of two gigabytes": lambda content: content[:-8] + LARGEST.to_bytes(8, "little")[4:] + b"PAR1",
+}
+
+
+# Reported in duckdb/duckdb#22399, apache/arrow#30797
+@pytest.mark.parametrize(
+    ("labels", "image", "damage", "said"),
+    [
+        *[(labels, png(), None, said) for labels, said in DAMAGED_LABELS.values()],
+        *[(pa.array([0, 1]), image, None, said) for image, said in DAMAGED_IMAGES.values()],
+        *[(pa.array([0, 1]), png(), damage, "cannot be read as Parquet") for damage in DAMAGED_BYTES.values()],
+    ],
+    ids=[*DAMAGED_LABELS, *DAMAGED_IMAGES, *DAMAGED_BYTES],
+)
+@pytest.mark.filterwarnings("error")
+def test_damaged_parquet_is_one_line_and_nothing_is_written(
+    labels: pa.Array, image: bytes | None, damage: Callable[[bytes], bytes] | None, said: str, run: Run, tmp_path: Path
+) -> None:
+    file = shards(tmp_path / "mine", [image] * 2, labels)
+    if damage:
+        file.write_bytes(damage(file.read_bytes()))
+    code, out, err = run("import", file.parent, "--out", tmp_path / "out", "--name", "mine")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {file}")
+    assert said in err
+    assert not (tmp_path / "out").exists()
+    code, out, err = run("verify", "--data_dir", tmp_path, "--names", "mine", "--json", "--quiet")
+    assert (code, err) == (2, "")
+    (row,) = json.loads(out)["datasets"]
+    assert row["state"] == "damaged"
+    assert said in row["where"]
+    assert "\n" not in row["where"]

@@ -246,7 +246,7 @@ def test_json_says_of_ray_what_a_run_would_say(
 
 
 def test_an_empty_storage_path_is_refused_as_by_a_run() -> None:
-    with pytest.raises(UserError, match="storage_path is ''; give a folder or a bucket URI"):
+    with pytest.raises(UserError, match="storage_path is ''; it is empty; allowed: text with a path"):
         room.main(["--storage_path", ""])
 
 

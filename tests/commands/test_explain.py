@@ -27,7 +27,7 @@ from nkat_ray.explain.page import Explanation, heatmap
 from nkat_ray.metrics import NKAT_SCALARS
 from nkat_ray.model import create_nkat_vit
 from nkat_ray.model.capture import nkat_scalars
-from nkat_ray.record.tables import write_curves
+from nkat_ray.record.tables import write_rows
 from nkat_ray.report.page import Page
 from nkat_ray.train.checkpoint import Weights
 from nkat_ray.train.images import normalise, to_network_size
@@ -223,7 +223,7 @@ def test_the_scalars_over_the_epochs_are_those_of_this_models_training(
     mine = curve_of(weights, trial=1, epochs=5)
     other = [{**row, "trial": 0, "beta": [0.0, 0.0]} for row in mine]
     diverged = [{"trial": 2, "epoch": 3}]
-    write_curves(folder / "curves.parquet", [*other, *mine, *diverged])
+    write_rows(folder / "curves.parquet", [*other, *mine, *diverged])
     found, page = run(folder / place, monkeypatch, images=("2",), data_dir=stripes, out=tmp_path / "out")
     assert [row["epoch"] for row in found.history] == [1, 2, 3, 4, 5]
     assert {row["trial"] for row in found.history} == {1}
@@ -247,7 +247,7 @@ def test_without_its_own_curves_nothing_is_shown_over_the_epochs(
     assert found.history == []
     assert "no curves.parquet above the model" in page.read_text(encoding="utf-8")
     other = [{**row, "alpha": [0.0, 0.0]} for row in curve_of(weights, trial=0, epochs=5)]
-    write_curves(folder / "curves.parquet", [*other, {"trial": 1, "epoch": 3}])  # of another model, of an older version
+    write_rows(folder / "curves.parquet", [*other, {"trial": 1, "epoch": 3}])  # of another model, of an older version
     found, page = run(folder, monkeypatch, images=("2",), data_dir=stripes)
     assert found.history == []
 
@@ -261,7 +261,7 @@ def test_image_files_are_explained_without_data(
     Image.fromarray(pixels).save(tmp_path / "horse" / "<b>.png")
     Image.new("RGB", (300, 100), "orange").save(tmp_path / "large.jpg")
     files = str(tmp_path / "horse" / "<b>.png"), str(tmp_path / "large.jpg")
-    monkeypatch.setattr(command, "open_dataset", None)  # it must not be asked
+    monkeypatch.setattr(command, "need_dataset", None)  # it must not be asked
     found, page = run(folder, monkeypatch, images=files, out=tmp_path / "out")
     first, second = found.examples
     assert (first.image == pixels).all()

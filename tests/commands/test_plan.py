@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from nkat_ray.cluster.resources import Cluster, Node
 from nkat_ray.commands import plan
 from nkat_ray.commands.tune import read
 from nkat_ray.config import EXPECTED, PRESETS, RunConfig, TrialConfig
-from nkat_ray.cost import epoch_flops, least_epochs
+from nkat_ray.cost import epoch_flops, least_epochs, stored_parameters
 from nkat_ray.errors import UserError
 from nkat_ray.report.wording import spoken_time
 from nkat_ray.space import corner_configs, space_of
@@ -222,3 +223,43 @@ def test_a_file_where_the_runs_should_be_is_refused_as_by_a_run(
     said = capsys.readouterr().err
     assert said.startswith(f"error: storage_path is {place!r}; {tmp_path / 'notes.txt'} is no folder")
     assert said.count("\n") == 1
+
+
+# Reported in embeddings-benchmark/mteb#17, stanford-crfm/helm#289
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--datasets", "cifar10", "mnsit"], "datasets has 'mnsit'; not in "),
+        (["--datasets", "cifar10", "mnsit", "--data", "synthetic"], "datasets has 'mnsit'; the synthetic suite has "),
+        (["--datasets", "cifar10", "mnsit", "--data_dir", "."], "datasets has 'mnsit'; not in .; did you mean mnist?"),
+        (["--datasets", "cifar10", ""], "datasets has ''; dataset name is ''"),
+        (["--data_dir", "cut"], "cut/cifar10-train.parquet cannot be read as Parquet"),
+        (["--cpus_per_trial", "5"], "a trial needs 5 CPU and 0 GPU; the largest node has 4 CPU"),
+    ],
+)
+def test_what_a_run_would_refuse_is_not_planned(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "cut" / f"cifar10-{split}.parquet").write_bytes(b"PAR1")
+    assert tune(["--preset", "quick", "--dry_run", *flags]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {said}")
+    assert told.count("\n") == 1
+
+
+# Reported in mlfoundations/open_lm#154
+def test_the_disk_holds_checkpoints_stage_2_and_the_pages(tmp_path: Path) -> None:
+    """test_tune.py compares the figure with the folder of a run."""
+    run = RunConfig(num_samples=10, storage_path=str(tmp_path))
+    configs = [TrialConfig(embed_dim=64), TrialConfig(embed_dim=384)]
+    parameters = stored_parameters(configs[1])  # of the larger one
+    checkpoints, weights = 2 * 10 + 3, 4 * 10 + 2  # two a survivor, one being written by each; datasets, and best/
+    total = parameters * (20 * checkpoints + 4 * weights) + 8e6 + 10 * 1e5
+    found = re.fullmatch(r"at most (\S+) GB below (\S+); (\S+) GB are free", plan.disk(run, configs, at_a_time=3))
+    assert found
+    assert (float(found[1]), found[2]) == (pytest.approx(total / 1e9, rel=0.05), str(tmp_path))
+    assert float(found[3]) == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, rel=0.1)
+    bucket = plan.disk(RunConfig(storage_path="s3://bucket/runs"), configs, at_a_time=3)
+    assert bucket.endswith(" GB below s3://bucket/runs")  # whose free space nobody knows

@@ -65,6 +65,10 @@ def test_a_trial_that_cannot_be_stopped_is_refused(
     assert requested_stops(driven) == {}
 
 
+def test_an_empty_run_is_refused(nkat_script: Callable[..., Any]) -> None:
+    assert nkat_script("stop", "", 1) == (2, "", "error: run is ''; it is empty; allowed: text with a path\n")
+
+
 def test_a_run_without_a_driver_is_refused(run: Path, nkat_script: Callable[..., Any]) -> None:
     code, _, said = nkat_script("stop", run, 1)
     assert (code, said.count("\n")) == (2, 1)

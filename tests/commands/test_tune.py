@@ -28,11 +28,12 @@ TINY = (
 ).split()
 
 
-def launch(folder, *flags, resume=False):
+def launch(folder, *flags, resume=False, umask=-1, **environment):
     given = ["--resume"] if resume else TINY
     command = [sys.executable, ROOT / "tune_round2.py", *given, "--storage_path", folder, "--name", "r", *flags]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=usual_signals
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", preexec_fn=usual_signals,
+        umask=umask, env=os.environ | environment,
     )  # fmt: skip
 
 
@@ -92,6 +93,38 @@ def test_a_run_ends_with_its_files_and_says_what_a_reader_must_know(whole):
     for name in ("trials.parquet", "curves.parquet", "stage2.parquet", "report.html", "best/model.safetensors"):
         assert (folder / name).stat().st_size > 0
     assert set(pq.read_table(folder / "stage2.parquet")["node"].to_pylist()) == {socket.gethostname()}
+
+
+# Reported in mlfoundations/open_lm#154
+def test_a_run_takes_no_more_disk_than_its_plan_says(whole):
+    code, output = finish(launch(whole[0].parent, "--gate", "0.12", "--dry_run", "--quiet"), timeout=120)
+    assert code == 0, output
+    planned_gb = float(re.search(r"^disk: at most (\S+) GB below ", output, re.MULTILINE)[1])
+    taken = sum(file.stat().st_size for file in whole[0].rglob("*"))
+    assert taken <= planned_gb * 1e9 <= 5 * taken
+
+
+# Reported in safetensors/safetensors#782, huggingface/sentence-transformers#4010
+# Reported in Textualize/rich#826, httpie/cli#1008, Aider-AI/aider#4582
+@pytest.mark.parametrize(
+    ("umask", "environment", "shown"),
+    [
+        (0o022, {"PYTHONIOENCODING": "ascii"}, r"\u5b9f\u9a13"),
+        (0o077, {"LC_ALL": "C", "PYTHONIOENCODING": ""}, "実験"),  # which Python takes for C.UTF-8
+    ],
+)
+def test_modes_follow_the_umask_and_no_screen_decides_the_outcome(umask, environment, shown, tmp_path):
+    folder = tmp_path / "実験"
+    flags = ("--gate", "0.05", "--num_samples", "1")
+    code, output = finish(launch(folder, *flags, umask=umask, **environment))
+    assert code == 0, output
+    assert json.loads((folder / "r" / "summary.json").read_text())["exit_code"] == 0
+    for file in ("report.html", "best", "trials.parquet"):
+        assert f"{tmp_path}/{shown}/r/{file}" in output
+    assert (folder / "r" / "best" / "model.safetensors").exists()
+    modes = {path: path.stat().st_mode & 0o777 for path in [folder, *folder.rglob("*")]}
+    odd = {path: oct(mode) for path, mode in modes.items() if mode != (0o777 if path.is_dir() else 0o666) & ~umask}
+    assert odd == {}
 
 
 def test_the_same_seed_gives_the_same_trials_and_scores(whole, tmp_path):

@@ -90,7 +90,10 @@ def grey16(n):
 DAMAGE = {
     "label above the classes": (dict(label=pa.array([0, 1, 7])), "row 2 has label 7; allowed: 0..1"),
     "negative label": (dict(label=pa.array([0, -1, 1])), "row 1 has label -1"),
-    "huge unsigned label": (dict(label=pa.array([0, 2**63 + 5, 1], pa.uint64())), "row 1 has label"),
+    "huge unsigned label": (
+        dict(label=pa.array([0, 2**63 + 5, 1], pa.uint64())),
+        "row 1 has label 9223372036854775813; allowed: 0..1",
+    ),
     "empty label": (dict(label=pa.array([0, None, 1])), "1 labels are empty"),
     "label of words": (dict(label=pa.array(["a", "b", "c"])), "column `label` is string"),
     "label of floats": (dict(label=pa.array([0.0, 1.0, 0.5])), "column `label` is double"),
@@ -172,6 +175,19 @@ def test_a_file_cut_short_is_damaged(tmp_path, write_file, keep):
     path = write_file(tmp_path / "x.parquet")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet"):
+        decoded(path)
+
+
+# Reported in duckdb/duckdb#22399, apache/arrow#30797
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+def test_zeros_amid_a_file_are_damage(tmp_path, encoding):
+    """As a copy leaves them that was cut off; compressed or not, raw pixels would still be pixels."""
+    path = tmp_path / "x.parquet"
+    write_split(path, random_split(100, 3, 8, 8), class_names=CLASSES, source="a test", encoding=encoding)
+    content = path.read_bytes()
+    start = len(content) // 2
+    path.write_bytes(content[:start] + bytes(50) + content[start + 50 :])
+    with pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet .*; it is damaged"):
         decoded(path)
 
 

@@ -34,9 +34,9 @@ def test_a_run_that_has_ended_is_its_tables(make_run: MakeRun) -> None:
 
 def test_a_run_that_goes_on_is_its_journal_whatever_its_snapshots_say(make_run: MakeRun) -> None:
     made = make_run(running=True)
-    tables.write_trials(made.folder / TRIALS_FILE, [{"trial": 0, "passed_gate": True, "epochs": 1}])
-    tables.write_curves(made.folder / CURVES_FILE, [])
-    tables.write_stage2(made.folder / STAGE2_FILE, [])
+    tables.write_rows(made.folder / TRIALS_FILE, [{"trial": 0, "passed_gate": True, "epochs": 1}])
+    tables.write_rows(made.folder / CURVES_FILE, [])
+    tables.write_rows(made.folder / STAGE2_FILE, [])
     run = load_run(made.folder)
     assert not run.ended
     assert [row["trial"] for row in run.trials] == list(range(8))

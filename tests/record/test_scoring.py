@@ -30,8 +30,8 @@ def test_a_dataset_at_chance_or_missing_does_not_count(stage2_rows: Rows) -> Non
     assert scoring.datasets_counted(rows, 0) == 2
     assert scoring.result_scores(rows, 0).robustness == 0.5
     assert scoring.result_scores(rows, 0).global_tpe == pytest.approx((0.99 + 0.90) / 2)
-    assert scoring.verdict(rows, 0).status == "undecided"
-    assert "only 2 of 4" in scoring.verdict(rows, 0).sentence
+    assert scoring.verdict_of({"winner": {"trial": 0}}, rows).status == "undecided"
+    assert "only 2 of 4" in scoring.verdict_of({"winner": {"trial": 0}}, rows).sentence
 
 
 def test_a_dataset_that_is_not_one_of_the_four_leaves_the_scores_alone(stage2_rows: Rows) -> None:
@@ -121,15 +121,16 @@ def test_interval_covers_the_truth_in_about_95_of_100_draws(stage2_rows: Rows) -
 )
 def test_verdict(accuracies: tuple[float, ...], status: str, stage2_rows: Rows) -> None:
     rows = stage2_rows(0, 9, dict(zip(ALL, accuracies, strict=True)))
-    found = scoring.verdict(rows, 0)
+    found = scoring.verdict_of({"winner": {"trial": 0}}, rows)
     assert found.status == status
     assert found.sentence.lower().startswith(status)
 
 
 def test_verdict_without_a_winner() -> None:
-    assert scoring.verdict([], None).status == "not reached"
-    assert scoring.verdict([], None, finished=False).status == "undecided"
-    assert scoring.verdict([], None, survivors=2).status == "undecided"
+    ended = {"winner": None, "exit_code": 3}
+    assert scoring.verdict_of(ended, []).status == "not reached"
+    assert scoring.verdict_of(ended | {"exit_code": None}, []).status == "undecided"
+    assert scoring.verdict_of(ended | {"survivors": [0, 1]}, []).status == "undecided"
 
 
 @pytest.mark.parametrize(

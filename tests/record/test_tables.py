@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nkat_ray.config import TrialConfig
+from nkat_ray.files import CURVES_FILE, TRIALS_FILE
 from nkat_ray.record import tables
 
 # docs/spec.md section 8, spelt out: the contract must not follow the code
@@ -56,13 +56,13 @@ def test_configuration_survives_the_round_trip(tmp_path: Path) -> None:
         TrialConfig(top_k=None, top_p=None, randaugment=None, cutout=None, ema=None, clip_grad=None),
     ]
     rows = [{"trial": n, **{f"config/{k}": v for k, v in vars(config).items()}} for n, config in enumerate(configs)]
-    tables.write_trials(tmp_path / "t.parquet", rows)
-    assert [TrialConfig(**tables.config_of(row)) for row in tables.read_rows(tmp_path / "t.parquet")] == configs
+    tables.write_rows(tmp_path / TRIALS_FILE, rows)
+    assert [TrialConfig(**tables.config_of(row)) for row in tables.read_rows(tmp_path / TRIALS_FILE)] == configs
 
 
 def test_a_trial_that_was_never_finite_has_null_best(tmp_path: Path) -> None:
-    path = tmp_path / "t.parquet"
-    tables.write_trials(
+    path = tmp_path / TRIALS_FILE
+    tables.write_rows(
         path, [{"trial": 0, "best_val_accuracy": math.nan, "best_local_tpe": math.nan, "best_epoch": None}]
     )
     table = pq.read_table(path)
@@ -71,52 +71,45 @@ def test_a_trial_that_was_never_finite_has_null_best(tmp_path: Path) -> None:
 
 
 def test_curves_keep_nan_apart_from_null(tmp_path: Path) -> None:
-    path = tmp_path / "c.parquet"
-    tables.write_curves(path, [{"trial": 0, "epoch": 1, "local_tpe": math.nan}])
+    path = tmp_path / CURVES_FILE
+    tables.write_rows(path, [{"trial": 0, "epoch": 1, "local_tpe": math.nan}])
     (row,) = tables.read_rows(path)
     assert math.isnan(row["local_tpe"])
     assert row["val_accuracy"] is None
 
 
-@pytest.mark.parametrize(
-    ("write", "read", "schema"),
-    [
-        (tables.write_trials, tables.read_rows, tables.TRIALS_SCHEMA),
-        (tables.write_curves, tables.read_rows, tables.CURVES_SCHEMA),
-        (tables.write_stage2, tables.read_rows, tables.STAGE2_SCHEMA),
-    ],
-)
-def test_an_empty_table_keeps_its_schema(write: Callable, read: Callable, schema: pa.Schema, tmp_path: Path) -> None:
-    path = tmp_path / "empty.parquet"
-    write(path, [], metadata={"name": "run", "gate": 0.6, "seed": 3})
-    assert read(path) == []
+@pytest.mark.parametrize(("name", "schema"), tables.SCHEMAS.items())
+def test_an_empty_table_keeps_its_schema(name: str, schema: pa.Schema, tmp_path: Path) -> None:
+    path = tmp_path / name
+    tables.write_rows(path, [], metadata={"name": "run", "gate": 0.6, "seed": 3})
+    assert tables.read_rows(path) == []
     assert pq.read_schema(path).equals(schema)
     assert pq.read_schema(path).metadata == {b"name": b"run", b"gate": b"0.6", b"seed": b"3"}
 
 
 def test_unknown_columns_and_wrong_types_are_refused_and_leave_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "t.parquet"
-    tables.write_trials(path, [{"trial": 5}])
+    path = tmp_path / TRIALS_FILE
+    tables.write_rows(path, [{"trial": 5}])
     with pytest.raises(ValueError, match="no column best_tpe"):
-        tables.write_trials(path, [{"trial": 0, "best_tpe": 1.0}])
+        tables.write_rows(path, [{"trial": 0, "best_tpe": 1.0}])
     with pytest.raises(ValueError, match="column epochs must hold int64"):
-        tables.write_trials(path, [{"trial": 0, "epochs": "four"}])
+        tables.write_rows(path, [{"trial": 0, "epochs": "four"}])
     assert [row["trial"] for row in tables.read_rows(path)] == [5]
-    assert [file.name for file in tmp_path.iterdir()] == ["t.parquet"]
+    assert [file.name for file in tmp_path.iterdir()] == [TRIALS_FILE]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "t.parquet"
-    tables.write_trials(path, [{"trial": 5}])
+    path = tmp_path / TRIALS_FILE
+    tables.write_rows(path, [{"trial": 5}])
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(tables.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        tables.write_trials(path, [{"trial": 6}])
+        tables.write_rows(path, [{"trial": 6}])
     assert [row["trial"] for row in tables.read_rows(path)] == [5]
-    assert [file.name for file in tmp_path.iterdir()] == ["t.parquet"]
+    assert [file.name for file in tmp_path.iterdir()] == [TRIALS_FILE]
 
 
 def test_summary_is_json_without_nan(tmp_path: Path) -> None:

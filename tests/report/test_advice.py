@@ -19,8 +19,8 @@ from nkat_ray.report.advice import (
     Step,
     diagnose,
     diagnoses_of,
+    largest_modulation,
     limits_of,
-    modulation_bound,
     next_steps,
     train_command,
 )
@@ -266,9 +266,9 @@ def test_the_rule_that_limits_a_trial(curve: list[float], fields: dict[str, Any]
 def test_modulation_is_bounded_by_its_largest_block() -> None:
     config = TrialConfig(nkat_strength=0.002, nkat_decay=0.5)
     point = {"alpha": [0.1, -3.0], "beta": [0.05, 0.2]}
-    assert modulation_bound(config, point) == pytest.approx(0.002 * 0.5 * 3.2)
-    assert modulation_bound(config, {"alpha": None, "beta": None}) is None
-    assert modulation_bound(config, {}) is None
+    assert largest_modulation(config, point) == pytest.approx(0.002 * 0.5 * 3.2)
+    assert largest_modulation(config, {"alpha": None, "beta": None}) is None
+    assert largest_modulation(config, {}) is None
 
 
 @pytest.mark.parametrize(("alpha", "rule"), [(0.1, "modulation without effect"), (1.0, None)])

@@ -99,9 +99,9 @@ def test_everything_from_data_is_escaped(make_run: Callable[..., Any], hostile: 
             "trial_id": hostile,
             "stop_detail": hostile,
         }
-    tables.write_trials(run.folder / TRIALS_FILE, rows)
+    tables.write_rows(run.folder / TRIALS_FILE, rows)
     stage2 = tables.read_rows(run.folder / STAGE2_FILE)
-    tables.write_stage2(run.folder / STAGE2_FILE, [row | {"error": hostile, "mode": hostile} for row in stage2])
+    tables.write_rows(run.folder / STAGE2_FILE, [row | {"error": hostile, "mode": hostile} for row in stage2])
     summary = run.summary | {
         "versions": {hostile: hostile}, "lambda_model": hostile, "preset": hostile,
         "data": {hostile: {"source": hostile}},
@@ -181,7 +181,7 @@ def test_results_on_the_users_own_datasets_are_shown(make_run: Callable[..., Any
         {**row, "dataset": "mine", "status": "failed", "test_accuracy": 0.05}
         for row in run.stage2 if row["dataset"] == "mnist"
     ]  # fmt: skip
-    tables.write_stage2(run.folder / STAGE2_FILE, [row for row in run.stage2 if row["dataset"] == "cifar10"] + own)
+    tables.write_rows(run.folder / STAGE2_FILE, [row for row in run.stage2 if row["dataset"] == "cifar10"] + own)
     data = {"cifar10": run.summary["data"]["cifar10"], "mine": {"source": "a folder"}}
     tables.write_summary(run.folder / SUMMARY_FILE, run.summary | {"data": data})
     text = (write_report(run.folder)).read_text(encoding="utf-8")

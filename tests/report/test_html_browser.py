@@ -80,7 +80,7 @@ def test_hostile_data_stay_text(make_run: Callable[..., Any], browser: Any) -> N
     rows = tables.read_rows(run.folder / TRIALS_FILE)
     for row in rows:
         row |= {"error": hostile, "node": hostile, "config/conv_stem": hostile, "stop_detail": hostile}
-    tables.write_trials(run.folder / TRIALS_FILE, rows)
+    tables.write_rows(run.folder / TRIALS_FILE, rows)
     path = write_report(run.folder)
     browser.open(path)
     assert quiet(browser, path)
@@ -124,7 +124,7 @@ def test_the_trials_table_is_low_and_says_why_without_scrolling(make_run: Callab
     run = make_run()
     rows = tables.read_rows(run.folder / TRIALS_FILE)[:6]
     long = "epoch 2: Local TPE 0.2904 is below the third of the scores that other trials had at this epoch"
-    tables.write_trials(run.folder / TRIALS_FILE, [{**row, "stop_detail": long} for row in rows])
+    tables.write_rows(run.folder / TRIALS_FILE, [{**row, "stop_detail": long} for row in rows])
     browser.open(write_report(run.folder), width=1200, height=900)
     assert browser.eval("document.getElementById('trial-table').clientHeight") < 300
     assert browser.eval("document.querySelector('td.why').getBoundingClientRect().right") < 1200
