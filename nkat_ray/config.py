@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 IMAGE_SIZE = 32  # every image is padded to this; the stem, the patches and the split heads divide it
 STAGE1_DATASET = "cifar10"
+MAX_EPOCHS = 10_000
 LEAST_TRANSFER_IMAGES = 20_000  # per epoch of a transfer; EMNIST's 6,144 are too few for it to converge
 
 OptionalInt = Annotated[int | None, NoneWord("off")]
@@ -116,7 +117,7 @@ class ModelConfig(Checked):
 class TrialConfig(ModelConfig):
     """One trial: the network and its training recipe (docs/spec.md section 4). The defaults are the notes' command."""
 
-    epochs: Annotated[int, Range(ge=1, le=10_000)] = 40
+    epochs: Annotated[int, Range(ge=1, le=MAX_EPOCHS)] = 40
     """Passes over the training images."""
     batch_size: Annotated[int, Range(ge=1, le=65_536)] = 128
     """Images per step."""
@@ -211,7 +212,8 @@ class Stage2Config(Checked):
     """How a network learns a dataset. finetune trains all behind a fresh head, probe the head alone, scratch
     starts from new weights."""
     transfer_epochs: Annotated[int, Range(ge=1, le=1000)] = 5
-    """Epochs of the transfer. A dataset of fewer than 20,000 images gets more, up to as many steps as that many."""
+    """Epochs of the transfer. A dataset of fewer than 20,000 images gets more, so that as many images
+    are seen as in that many."""
     transfer_lr: Annotated[float, Range(gt=0, le=1)] = 5e-4
     """Peak learning rate of the transfer."""
     transfer_images: ImageLimit = None
@@ -235,7 +237,7 @@ class Stage2Config(Checked):
         6,144 images reach 0.874 after six epochs and 0.923 after twenty. A limit that the user sets holds here too.
         """
         least = min(LEAST_TRANSFER_IMAGES, self.transfer_images or LEAST_TRANSFER_IMAGES)
-        return math.ceil(self.transfer_epochs * max(1.0, least / images))
+        return min(MAX_EPOCHS, math.ceil(self.transfer_epochs * max(1.0, least / images)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +296,10 @@ class RunConfig(TrialConfig, DataConfig, ClusterConfig, Stage2Config, ScreenConf
     """Continue a run, without --name the newest. A larger --num_samples extends it, also after its end."""
     dry_run: bool = False
     """Print the plan and its cost, then stop."""
+
+    def stage2_epochs(self, images: int) -> int:
+        """Return the epochs of a survivor's training in Stage 2 on so many images (>= 1)."""
+        return self.epochs if self.transfer == "scratch" else self.epochs_on(images)
 
     def __post_init__(self) -> None:
         super().__post_init__()

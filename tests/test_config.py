@@ -417,7 +417,7 @@ def test_building_a_trial_is_cheap() -> None:
 @pytest.mark.parametrize(
     ("images", "limit", "epochs"),
     [
-        (55_000, None, 6), (20_000, None, 6), (19_999, None, 7), (6_144, None, 20), (1, None, 120_000),
+        (55_000, None, 6), (20_000, None, 6), (19_999, None, 7), (6_144, None, 20), (13, None, 9231), (1, None, 10_000),
         (6_144, 5_000, 6), (4_000, 5_000, 8), (2_000, 2_000, 6), (55_000, 30_000, 6),
     ],
 )  # fmt: skip

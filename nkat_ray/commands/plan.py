@@ -146,7 +146,7 @@ def stage2_time(run: RunConfig, configs: Sequence[TrialConfig], *, at_a_time: in
     """Estimate the time of Stage 2, for one survivor and for all trials."""
     others = [KNOWN[name].release.sizes["train"] for name in run.datasets if name in KNOWN and name != STAGE1_DATASET]
     images = [min(run.transfer_images or size, size - validation_size(size, run.val_images)) for size in others]
-    seen = sum(count * (run.epochs if run.transfer == "scratch" else run.epochs_on(count)) for count in images)
+    seen = sum(count * run.stage2_epochs(count) for count in images)
     flops = [epoch_flops(config, seen) for config in configs]
     low_s = START_S / 2 + min(flops) / speed / min(at_a_time, max(1, len(others)))
     tasks = run.num_samples * max(1, len(others))

@@ -442,13 +442,14 @@ def _transfers_s(
 ) -> float | None:
     """Estimate the seconds of some trials' transfers at this run's speed, on `whole` datasets or on as many images as
     the run takes; None where nothing says it."""
-    speed, config = _flops_per_s(run), _known(RunConfig, {**run.config, "name": None})
+    changed = {"name": None, "transfer_images": None} if whole else {"name": None}
+    speed, config = _flops_per_s(run), _known(RunConfig, {**run.config, **changed})
     designs = {row["trial"]: _known(TrialConfig, config_of(row)) for row in run.trials if row["trial"] in trials}
     sizes = [_size(run, name) for name in datasets if name != STAGE1_DATASET]
     if not speed or config is None or not all(sizes) or not all(designs.values()):
         return None
-    taken = [size if whole else min(size, config.transfer_images or size) for size in sizes]
-    images = sum(config.epochs_on(size) * size for size in taken)
+    taken = [min(size, config.transfer_images or size) for size in sizes]
+    images = sum(config.stage2_epochs(size) * size for size in taken)
     each = {number: epoch_flops(design, images) for number, design in designs.items() if design}
     flops = math.fsum(each[number] for number in trials)
     return flops / speed / _at_a_time(run)

@@ -139,4 +139,4 @@ def survivor_cost(config: RunConfig, datasets: Mapping[str, Dataset | Missing]) 
 
     per_epoch = trained(STAGE1_DATASET)
     sizes = [size for name in datasets if name != STAGE1_DATASET and (size := trained(name))]
-    return sum(config.epochs_on(size) * size for size in sizes) / per_epoch if per_epoch else 0.0
+    return sum(config.stage2_epochs(size) * size for size in sizes) / per_epoch if per_epoch else 0.0

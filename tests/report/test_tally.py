@@ -1,5 +1,6 @@
 """What is counted of a run, and what is estimated from it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,3 +56,5 @@ def test_stage2_costs_epochs_of_stage1_by_the_images_that_it_trains_on() -> None
     assert survivor_cost(config, datasets) == 2.0  # two transfers of two epochs with half the images
     assert survivor_cost(config, {**datasets, "mnist": Missing("mnist", "not found")}) == 1.0
     assert survivor_cost(config, {}) == 0.0
+    scratch = replace(config, transfer="scratch")
+    assert survivor_cost(scratch, datasets) == 4.0  # as many epochs as Stage 1
