@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/search/replay.py
     OMP_NUM_THREADS=1 python benchmarks/search/replay.py --seconds recorded
-    OMP_NUM_THREADS=1 python benchmarks/search/replay.py --search --seeds 5
+    OMP_NUM_THREADS=1 python benchmarks/search/replay.py laptop --search --seeds 5
 
 For each seed the trials of the table come in another order (the same for every rule); `--search` has GatedOptunaSearch
 propose half of them instead. Times are simulated seconds on four slots. `--seconds quiet` takes for an epoch what it
@@ -13,12 +13,12 @@ over the orders in which both got there.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from curves import SPACE, TABLE, TRAIN_IMAGES, config_of, load
+from curves import RECORDINGS, Recording, load
 from simulator import (
     Curve,
     InOrder,
@@ -36,9 +36,9 @@ from simulator import (
 )
 
 from nkat_ray.cost import epoch_flops
+from nkat_ray.space import Domain
 
 SLOTS, CLOSE, BEST = 4, 0.001, 10
-STRUCTURE = ("conv_stem", "tokens", "embed_dim", "depth")
 COLUMNS = (
     "rule", "epochs", "seconds in all", "to the first survivor", f"to within {CLOSE} of the best", "survivors lost",
     "in all / ASHA", "first survivor / ASHA", "best / ASHA",
@@ -57,7 +57,7 @@ class Candidate(NamedTuple):
     resume_epochs: float = 0.0
 
 
-def candidates(table: list[Curve], grace: int) -> dict[str, Candidate]:
+def candidates(recording: Recording, table: list[Curve], grace: int) -> dict[str, Candidate]:
     """Return what is compared, by name."""
     epochs = len(table[0].scores)
 
@@ -68,7 +68,7 @@ def candidates(table: list[Curve], grace: int) -> dict[str, Candidate]:
         return PromotingASHA(epochs=epochs, grace=grace)
 
     seconds = [curve.seconds[0] for curve in table]
-    flops = [epoch_flops(config_of(curve.params), TRAIN_IMAGES) for curve in table]
+    flops = [epoch_flops(recording.config_of(curve.params), recording.fixed["train_images"]) for curve in table]
     return {
         "none": Candidate(Rule),
         BASELINE: Candidate(asha),
@@ -102,11 +102,14 @@ def cheaper_of_two(costs: Sequence[float]) -> Order:
     return ordered
 
 
-def run(table: list[Curve], candidate: Candidate, seed: int, gate: float, *, search: bool) -> Outcome:
+def run(
+    table: list[Curve], candidate: Candidate, seed: int, gate: float, *, space: Mapping[str, Domain] | None
+) -> Outcome:
+    """Simulate one search; with a space, GatedOptunaSearch proposes half of the curves."""
     judged = gate if candidate.gate else None
     rule, resume_epochs = candidate.rule(), candidate.resume_epochs
-    if search:
-        with by_searcher(table, SPACE, trials=len(table) // 2, seed=seed, gate=gate) as source:
+    if space is not None:
+        with by_searcher(table, space, trials=len(table) // 2, seed=seed, gate=gate) as source:
             return simulate(table, rule, source, slots=SLOTS, gate=judged, resume_epochs=resume_epochs)
     order = candidate.order(np.random.default_rng(seed).permutation(len(table)).tolist())
     return simulate(table, rule, InOrder(order), slots=SLOTS, gate=judged, resume_epochs=resume_epochs)
@@ -122,33 +125,36 @@ class Times(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("recording", choices=RECORDINGS, nargs="?", default="small")
+    parser.add_argument("--table", type=Path, help="default: the recording's own")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--grace", type=int, default=1)
     parser.add_argument("--seconds", choices=("quiet", "recorded"), default="quiet")
     parser.add_argument("--search", action="store_true", help="GatedOptunaSearch proposes, not a random order")
     arguments = parser.parse_args()
-    table = curves_of(load(arguments.table), SPACE)
+    recording = RECORDINGS[arguments.recording]
+    table = curves_of(load(arguments.table or recording.table), recording.space)
     if arguments.seconds == "quiet":
-        table = on_quiet_machine(table, STRUCTURE)
+        table = on_quiet_machine(table, recording.structure)
     finals = [curve.best for curve in table]
     print(f"{len(table)} curves of {len(table[0].scores)} epochs; final scores {min(finals):.3f} to {max(finals):.3f}")
     for percentile in (50, 80):
         gate = float(np.percentile(finals, percentile))
         print(f"\ngate at the {percentile}th percentile: {gate:.4f}; {arguments.seconds} seconds\n")
         print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
-        compare(table, gate, arguments)
+        compare(recording, table, gate, arguments)
 
 
-def compare(table: list[Curve], gate: float, arguments: argparse.Namespace) -> None:
+def compare(recording: Recording, table: list[Curve], gate: float, arguments: argparse.Namespace) -> None:
     """Print one row per candidate."""
     found: list[set[int]] = []  # survivors per seed without a rule
     baseline: list[Times] = []
     rows: dict[str, str] = {}
-    for name, candidate in candidates(table, arguments.grace).items():
+    for name, candidate in candidates(recording, table, arguments.grace).items():
         if arguments.search and candidate.order is not list:
             continue  # the searcher has an order of its own
-        outcomes = [run(table, candidate, seed, gate, search=arguments.search) for seed in range(arguments.seeds)]
+        space = recording.space if arguments.search else None
+        outcomes = [run(table, candidate, seed, gate, space=space) for seed in range(arguments.seeds)]
         times = [times_of(outcome, gate, max(curve.best for curve in table)) for outcome in outcomes]
         survivors = [outcome.reached(gate) for outcome in outcomes]
         found = found or survivors

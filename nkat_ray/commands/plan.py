@@ -40,6 +40,8 @@ PROBE_TOKENS: Final = 512  # per step of the probe on a CPU: speed hardly depend
 PROBE_S: Final = 0.7
 PROBE_STEPS: Final = 16  # per epoch of the probe on a GPU
 PROBE_EPOCHS: Final = 3  # on a GPU, where the first one warms up
+PROBE_BATCH: Final = 2048  # images at most: larger batches are no faster per image
+PROBE_LR: Final = 1e-5  # so small that no loss leaves the finite numbers
 START_S: Final = 30.0  # from the command to the first step: Ray, images, processes
 SLOWER: Final = 1.6  # training time / time of the probe: augmentation, optimizer, a busy machine
 MOST_NAMED: Final = 8  # largest number of searched parameters that are listed without --verbose
@@ -243,11 +245,13 @@ def _gpu_flops_per_s(config: TrialConfig) -> float:
     from nkat_ray.data.selection import Selection
     from nkat_ray.train.session import create_trainer, training_data
 
-    images = np.zeros((PROBE_STEPS * config.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    recipe = dataclasses.replace(
+        config, epochs=PROBE_EPOCHS, warmup=0, lr=PROBE_LR, batch_size=min(config.batch_size, PROBE_BATCH)
+    )
+    images = np.zeros((PROBE_STEPS * recipe.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     labels, every = np.zeros(len(images), np.int64), np.arange(len(images))
     traits = Traits(name="probe", num_classes=10, grey=False, flip=True)
     data = training_data(Selection(images, labels, every, every[:1]), traits, torch.device("cuda"))
-    recipe = dataclasses.replace(config, epochs=PROBE_EPOCHS, warmup=0)
     *_, last = create_trainer(recipe, data, seed=0, notice=lambda _: None).epochs()
     return epoch_flops(config, 1) * last.images_per_s
 

@@ -1,13 +1,15 @@
 """What a training asks of a GPU, and how it goes on from a checkpoint."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cards import CPU, STILL, Card, config_for, trainer_on
+from cards import CPU, STILL, Card, config_for, losses_of, trainer_on
 from pretend_cuda import CUDA
 
 from nkat_ray.config import TrialConfig
@@ -59,6 +61,35 @@ def test_an_epoch_waits_once_per_step_at_most(card: Card, measured: Callable[[st
     waits = card.count(lambda: next(trainer.epochs())).waits
     measured("waits of an epoch of 8 steps", dict(waits))
     assert waits.total() <= 8 + 4  # the loss is looked at, and the accuracy read
+
+
+def test_a_step_that_waits_is_not_captured(card: Card, capsys: pytest.CaptureFixture[str]) -> None:
+    """The training continues as if there had been no graph, and one line says why it is slower."""
+    config = config_for(card, **STILL)
+
+    def losses(*, graph: bool) -> list[float]:
+        trainer = trainer_on(CUDA, config, train=10 * config.batch_size)
+        trainer.model.register_forward_hook(lambda module, inputs, logits: logits + 0 * logits.sum().item())
+        if not graph:
+            trainer._graph = None
+        return losses_of(trainer, 10)
+
+    assert losses(graph=True) == pytest.approx(losses(graph=False), rel=1e-3 if card.real else 0)
+    assert capsys.readouterr().out.count("no CUDA graph") == 1
+
+
+def test_a_training_that_nobody_needs_frees_its_memory_at_once(card: Card) -> None:
+    """The graph's memory would wait in a cycle of references for the garbage collector."""
+    trainer = trainer_on(CUDA, config_for(card), train=10 * config_for(card).batch_size)
+    losses_of(trainer, 10)
+    reference = weakref.ref(trainer)
+    gc.collect()
+    gc.disable()
+    try:
+        del trainer
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def copy_of(value: Any) -> Any:
