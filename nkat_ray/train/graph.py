@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from nkat_ray.train.device import is_out_of_memory
 
 EAGER_STEPS = 3  # before a graph is captured: they create the optimizer's state and load the kernels
-PROVED_STEPS = 2  # first replays, which are compared with eager steps
+PROVED_STEPS = 2  # eager steps that the graph replays to be compared with them
 LOSS_TOLERANCE = 1e-2  # relative difference of the loss
 CHANGE_TOLERANCE = 0.05  # difference of a change, relative to its norm: sums differ in their order, no more
 LITTLE_MEMORY = "too little memory"
@@ -25,10 +26,24 @@ Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # inputs, targets ->
 State = Mapping[str, Sequence[Tensor]]  # by kind: weights, buffers, the optimizer's averages
 
 
+@dataclass(frozen=True)
+class _Witness:
+    """An eager step, with which a replay is compared."""
+
+    inputs: Tensor
+    targets: Tensor
+    random: Tensor  # state of the generator before the step
+    before: State
+    after: State
+    outcome: tuple[Tensor, Tensor]
+    changes: Mapping[str, float]  # norm of what the step changed, by kind
+
+
 class StepGraph:
     """A training step that is captured as a CUDA graph after a few eager steps, and replayed from then on.
 
-    The first replays prove themselves: each is compared with an eager step from the same state and random numbers.
+    The graph proves itself: the last eager steps are replayed from the same state and random numbers, and compared.
+    All of them come before the capture, so that their activations and the graph's are never in memory together.
     Where the capture fails, or a replay differs, the training continues eagerly and a notice says so; no step is lost.
 
     Args:
@@ -39,7 +54,8 @@ class StepGraph:
 
     def __init__(self, state: Callable[[], State], notice: Callable[[str], None]) -> None:
         self._state, self._notice = state, notice
-        self._steps, self._proved = 0, 0
+        self._steps = 0
+        self._witnesses: list[_Witness] = []
         self.failed = False
         self._forget()
 
@@ -51,8 +67,8 @@ class StepGraph:
 
     @property
     def replays(self) -> bool:
-        """Whether the next step of a whole batch is replayed without a comparison."""
-        return self._graph is not None and self._proved >= PROVED_STEPS
+        """Whether the next step of a whole batch is replayed."""
+        return self._graph is not None
 
     def step(self, inputs: Tensor, targets: Tensor, *, eager: Update, whole: Update) -> tuple[Tensor, Tensor]:
         """Make one update with a whole batch; return its mean loss and the number of correct predictions.
@@ -63,48 +79,52 @@ class StepGraph:
             eager: makes one update in any way, by parts if the memory needs it.
             whole: makes one update with a whole batch, without waiting for the device; this is what is captured.
         """
+        if self.replays:
+            return self._replay(inputs, targets)
         if self.failed or self._steps < EAGER_STEPS:
             self._steps += 1
             return eager(inputs, targets)
-        if self.replays:
-            return self._replay(inputs, targets)
         before, random = self._copies(), torch.cuda.get_rng_state()
-        outcome = self._prove(inputs, targets, before, whole)
-        if outcome is None:
-            self._put_back(before)
-            torch.cuda.set_rng_state(random)
-            outcome = eager(inputs, targets)
-        return outcome
-
-    def _prove(self, inputs: Tensor, targets: Tensor, before: State, whole: Update) -> tuple[Tensor, Tensor] | None:
-        """Make one update eagerly and once more by replay; return what the replay did, None if it cannot be used."""
-        random, fits = torch.cuda.get_rng_state(), self._graph is not None
         try:
             with _waits_refused():  # an invalid capture could not be recovered from
-                wanted = whole(inputs, targets)
-            fits, after = True, self._copies()
-            changes = {kind: _distance(after[kind], before[kind]) for kind in after}
-            if not all(map(math.isfinite, (float(wanted[0]), *changes.values()))):
-                return wanted  # nothing to compare with; the training ends
-            self._put_back(before)
-            if self._graph is None:
-                self._capture(inputs, targets, whole)
-            torch.cuda.set_rng_state(random)
-            found = self._replay(inputs, targets)
-            fault = self._difference(float(wanted[0]), float(found[0]), after, changes)
+                outcome = whole(inputs, targets)
+        except RuntimeError as error:
+            if (reason := _reason(error)) != LITTLE_MEMORY:  # else the eager step splits the batch
+                self._give_up(reason)
+            self._put_back(before, random)
+            return eager(inputs, targets)
+        after = self._copies()
+        changes = {kind: _distance(after[kind], before[kind]) for kind in after}
+        if not all(map(math.isfinite, (float(outcome[0]), *changes.values()))):
+            return outcome  # nothing to compare with; the training ends
+        self._witnesses.append(_Witness(inputs, targets, random, before, after, outcome, changes))
+        return outcome if len(self._witnesses) < PROVED_STEPS else self._prove(whole)
+
+    def _prove(self, whole: Update) -> tuple[Tensor, Tensor]:
+        """Capture the step and replay the last eager ones; return the outcome of the last."""
+        last, random = self._witnesses[-1], torch.cuda.get_rng_state()
+        fault, outcome = None, last.outcome
+        try:
+            self._capture(last.inputs, last.targets, whole)
+            for witness in self._witnesses:
+                self._put_back(witness.before, witness.random)
+                outcome = self._replay(witness.inputs, witness.targets)
+                fault = fault or self._difference(witness, float(outcome[0]))
         except RuntimeError as error:  # CUDA's, of what cannot be captured
             fault = _reason(error)
+        self._witnesses = []
         if fault is None:
-            self._proved += 1
-            if self.replays:
-                torch.cuda.empty_cache()  # of the last eager step
-            return found
+            return outcome
+        self._give_up(fault)
+        self._put_back(last.after, random)
+        return last.outcome
+
+    def _give_up(self, reason: str) -> None:
         self._forget()
+        self._witnesses = []
+        self.failed = True
         release_memory()
-        if fits or fault != LITTLE_MEMORY:  # else the eager step will split the batch: the graph is not to blame
-            self.failed = True
-            self._notice(f"each step's kernels are launched one by one, which is slower: no CUDA graph, {fault}")
-        return None
+        self._notice(f"each step's kernels are launched one by one, which is slower: no CUDA graph, {reason}")
 
     def _capture(self, inputs: Tensor, targets: Tensor, whole: Update) -> None:
         release_memory()  # the graph's is its own, and nothing may be freed during the capture
@@ -132,20 +152,22 @@ class StepGraph:
         return {kind: [x.detach().to("cpu", copy=True) for x in tensors] for kind, tensors in self._state().items()}
 
     @torch.no_grad()
-    def _put_back(self, copies: State) -> None:
+    def _put_back(self, copies: State, random: Tensor) -> None:
         for kind, tensors in self._state().items():
             for tensor, copy in zip(tensors, copies[kind], strict=True):
                 tensor.copy_(copy)
+        torch.cuda.set_rng_state(random)
 
-    def _difference(self, loss: float, found: float, after: State, changes: Mapping[str, float]) -> str | None:
+    def _difference(self, witness: _Witness, loss: float) -> str | None:
         """Return how a replay differs from an eager step from the same state; None within the tolerances."""
-        if not abs(loss - found) <= LOSS_TOLERANCE * abs(loss):
-            return f"whose loss was {found:.6g} instead of {loss:.6g}"
+        wanted = float(witness.outcome[0])
+        if not abs(wanted - loss) <= LOSS_TOLERANCE * abs(wanted):
+            return f"whose loss was {loss:.6g} instead of {wanted:.6g}"
         now = self._copies()
-        for kind, wanted in changes.items():
-            error = _distance(after[kind], now[kind])
-            if not error <= CHANGE_TOLERANCE * wanted:
-                return f"whose change of {kind} differed by {error:.3g} from one of {wanted:.3g}"
+        for kind, change in witness.changes.items():
+            error = _distance(witness.after[kind], now[kind])
+            if not error <= CHANGE_TOLERANCE * change:
+                return f"whose change of {kind} differed by {error:.3g} from one of {change:.3g}"
         return None
 
 
