@@ -385,7 +385,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 # What each preset reaches and how long it takes, as benchmarks/RESULTS.md measured it. README.md has the same words.
 EXPECTED: Mapping[str, str] = {
-    "quick": "Global TPE 0.595 ± 0.005 (5 seeds), 2 or 3 of 6 trials pass, in 6 to 13 minutes on two busy CPU cores",
+    "quick": "Global TPE 0.595 ± 0.005 (5 seeds), 2 or 3 of 6 trials pass, in about 3 minutes on two idle CPU cores",
     "laptop": "3 of 5 trials pass 0.60, the first in 19 min; "
     "the best has Global TPE 0.682 (0.679 to 0.685; 1 seed, two CPU cores)",
     "gpu": "Global TPE 0.704 (0.701 to 0.707; 1 seed) in 261 s on one H200, with --gpus_per_trial 0.25",

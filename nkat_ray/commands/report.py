@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from nkat_ray.config import ScreenConfig
 from nkat_ray.errors import UserError
@@ -14,6 +14,7 @@ from nkat_ray.record.run_folder import load_run
 from nkat_ray.report.advice import limits_of
 from nkat_ray.report.comparison import compare_page
 from nkat_ray.report.html import run_page
+from nkat_ray.report.language import own_language
 from nkat_ray.report.terminal import Screen, final_report, result_lines, screen_of
 
 
@@ -25,6 +26,8 @@ class ReportConfig(ScreenConfig):
     """Folders of runs."""
     out: Path | None = None
     """File to write. Default: report.html in the run's folder, or comparison.html here."""
+    lang: Literal["auto", "en", "ja"] = "auto"
+    """Language of a run's report. auto takes the locale's, where it is Japanese."""
 
 
 PROGRAM = Program(
@@ -57,7 +60,8 @@ def report(config: ReportConfig, screen: Screen) -> int:
         lines: list[str] = []
     else:
         (run,) = runs
-        page = run_page(run).save(config.out or run.folder / REPORT_FILE)
+        lang = own_language() if config.lang == "auto" else config.lang
+        page = run_page(run, lang).save(config.out or run.folder / REPORT_FILE)
         final_report(run.summary, run.trials, run.stage2, screen, folder=run.folder)
         document = {**run.summary, "folder": run.folder.absolute(), "limits": asdict(limits_of(run))}
         lines = result_lines(run.summary, run.stage2)

@@ -77,6 +77,12 @@ def spoken_accuracy(bounds: Bounds) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def spoken_span(bounds: Bounds, digits: int = 2) -> str:
+    """Format two numbers, `20.00 to 22.00`, or one where they are the same."""
+    low, high = (scoring.number(value, digits) for value in bounds)
+    return low if bounds[0] == bounds[1] else f"{low} to {high}"
+
+
 def spoken_others(others: Mapping[str, float], measured: Iterable[str]) -> str:
     """List the accuracies that a demand is based on, and say which of them are assumed."""
     known = set(measured)

@@ -22,7 +22,8 @@ from nkat_ray.report import charts
 from nkat_ray.report.advice import Limits, limits_of, train_command, winner_command
 from nkat_ray.report.demand import spoken_others
 from nkat_ray.report.effects import Comparison, compare_trials
-from nkat_ray.report.page import TEMPLATES, Page
+from nkat_ray.report.language import Code, own_language
+from nkat_ray.report.page import Page, templates
 from nkat_ray.report.parallel import parallel
 from nkat_ray.report.timeline import phases, timeline
 
@@ -38,16 +39,19 @@ FUNNEL: Final = (  # what is left, and the stop reasons that end a trial there
 SPARK: Final = (90, 20)  # width and height of a trial's curve in the table, in pixels
 
 
-def write_report(run_folder: Path, out: Path | None = None, *, summary: Mapping[str, Any] | None = None) -> Path:
+def write_report(
+    run_folder: Path, out: Path | None = None, *, summary: Mapping[str, Any] | None = None, lang: Code | None = None
+) -> Path:
     """Write one run's report and return its path.
 
     Args:
+        lang: the report's language; None for that of the computer's user.
         summary: the keys of summary.json if that file has not been written yet.
 
     Raises:
         UserError: the folder holds no run, or one of its files is missing or damaged.
     """
-    return run_page(load_run(run_folder, summary)).save(out or run_folder / REPORT_FILE)
+    return run_page(load_run(run_folder, summary), lang or own_language()).save(out or run_folder / REPORT_FILE)
 
 
 def current_report(run: RecordedRun) -> Path:
@@ -60,13 +64,15 @@ def current_report(run: RecordedRun) -> Path:
 
 def run_card(run: RecordedRun) -> str:
     """Return a run's verdict and scores as a piece of HTML, for a notebook."""
-    return TEMPLATES.get_template("run.html").render(
-        run=run, scorecard=scoring.scorecard(run.stage2, run.winner), notices=scoring.notices(run.summary)
+    return (
+        templates()
+        .get_template("run.html")
+        .render(run=run, scorecard=scoring.scorecard(run.stage2, run.winner), notices=scoring.notices(run.summary))
     )
 
 
-def run_page(run: RecordedRun) -> Page:
-    """Return the report of one run."""
+def run_page(run: RecordedRun, lang: Code = "en") -> Page:
+    """Return the report of one run in a language."""
     comparison, limits = compare_trials(run.trials, run.curves, list(run.searched)), limits_of(run)
     return Page(
         "report.html",
@@ -98,6 +104,7 @@ def run_page(run: RecordedRun) -> Page:
             "facts": _facts(run),
             "config_json": json.dumps(run.config, indent=1, ensure_ascii=False),
         },
+        lang,
     )
 
 

@@ -41,17 +41,19 @@ class Language:
             return text
         if text in self.exact:
             return self.exact[text]
+        if (listed := self._listed(text)) is not None:
+            return listed
         for pattern, translation in self.patterns:
             if found := pattern.fullmatch(text):
                 return translation.format_map({slot: self.of(value) for slot, value in found.groupdict().items()})
-        return self._listed(text)
+        return text
 
-    def _listed(self, text: str) -> str:
-        """Translate the items of a list one by one, if all of them have an entry."""
+    def _listed(self, text: str) -> str | None:
+        """Translate the items of a list one by one; None for what is no list, or has an item without an entry."""
         items = text.split(", ")
         translated = [self.of(item) for item in items] if len(items) > 1 else items
         known = all(new != old for new, old in zip(translated, items, strict=True))
-        return "、".join(translated) if known else text
+        return "、".join(translated) if known else None
 
     def of_lines(self, markup: str) -> str:
         """Return a hover template in this language, line by line."""

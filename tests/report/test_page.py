@@ -6,7 +6,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from nkat_ray.report.charts import figure
-from nkat_ray.report.page import TEMPLATES, Page
+from nkat_ray.report.page import Page, templates
 
 HOSTILE = "</script><a href=x><b>bold</b>"
 
@@ -36,10 +36,10 @@ def test_a_page_is_written_whole_and_escapes_its_content(tmp_path: Path) -> None
 
 
 def test_every_template_escapes() -> None:
-    assert TEMPLATES.autoescape is True
-    assert "| safe" not in "".join(
-        TEMPLATES.loader.get_source(TEMPLATES, name)[0] for name in TEMPLATES.list_templates()
-    )
+    made = templates()
+    assert made.autoescape is True
+    assert made.loader is not None
+    assert "| safe" not in "".join(made.loader.get_source(made, name)[0] for name in made.list_templates())
 
 
 def _content() -> dict[str, object]:

@@ -58,7 +58,7 @@ async function copied(button, text, source) {
   const said = button.textContent;
   try {
     await navigator.clipboard.writeText(text);
-    button.textContent = 'Copied';
+    button.textContent = button.dataset.copied;
   } catch {
     if (source) getSelection().selectAllChildren(source);
     else window.prompt('Copy the command:', text);
