@@ -4,6 +4,43 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("flags", "locale", "wanted"),
+    [
+        ((), "ja_JP.UTF-8", "ja"),
+        ((), "C.UTF-8", "en"),
+        (("--lang", "en"), "ja_JP.UTF-8", "en"),
+        (("--lang", "ja"), "C.UTF-8", "ja"),
+    ],
+)
+def test_the_page_is_in_the_language_of_the_flag_or_the_locale(
+    flags: tuple[str, ...],
+    locale: str,
+    wanted: str,
+    nkat_script: Callable[..., Any],
+    make_run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = make_run(gate=0.60)
+    monkeypatch.setenv("LC_ALL", locale)
+    code, _, said = nkat_script("report", run.folder, "--quiet", *flags)
+    assert (code, said) == (0, "")
+    assert f'<html lang="{wanted}">' in (run.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_language_that_does_not_exist_is_refused(
+    nkat_script: Callable[..., Any], make_run: Callable[..., Any]
+) -> None:
+    run = make_run()
+    code, _, said = nkat_script("report", run.folder, "--lang", "fr")
+    assert code == 2
+    assert all(word in said for word in ("lang", "auto", "en", "ja"))
+    assert said.count("\n") == 1
+    assert not (run.folder / "report.html").exists()
+
 
 def test_the_document_says_what_limits_the_run(nkat_script: Callable[..., Any], make_run: Callable[..., Any]) -> None:
     run = make_run(gate=0.60)
