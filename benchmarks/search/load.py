@@ -8,12 +8,14 @@
 processes are left out, which would need a cluster for 1,000 slots) to our gate, our ASHA and our the recorder with a
 journal on disk. CPU time is summed per part and result (ends included) and shown for the results that arrived while so
 many trials had ended; the rest of the controller's time is Ray's, as is nearly all of ASHA (percentile of a rung).
+Memory is what the process holds when so many have ended, all of Tune's trials among it.
 `searcher`: a study and a journal that already hold so many trials, then the CPU time of one `suggest` and one `tell`;
 most of a suggest is Optuna's TPESampler. `files`: a journal of so many trials of 12 epochs; the size of its files, and
 the CPU time of reading the journal (a resume) and of writing the tables (a snapshot).
 """
 
 import argparse
+import gc
 import os
 import statistics
 import tempfile
@@ -27,6 +29,7 @@ from unittest import mock
 
 import numpy as np
 import optuna
+import psutil
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
@@ -54,6 +57,7 @@ class Meter:
     def __init__(self) -> None:
         self.now: dict[str, float] = defaultdict(float)
         self.rows: list[tuple[int, dict[str, float]]] = []  # ended trials, seconds by part
+        self.memory: dict[int, int] = {}  # ended trials -> bytes that the process holds
 
     def wrap(self, part: str, owner: Any, *methods: str) -> None:
         """Measure some methods of an object, less what is measured inside them."""
@@ -80,6 +84,9 @@ class Meter:
     def close_result(self, ended: int) -> None:
         """Close the current result, at which `ended` trials had ended."""
         self.rows.append((ended, dict(self.now)))
+        if ended in (0, *SIZES) and ended not in self.memory:
+            gc.collect()
+            self.memory[ended] = psutil.Process().memory_info().rss
         self.now.clear()
 
 
@@ -154,8 +161,11 @@ def _start(controller: TuneController, journal: Journal, number: int) -> Trial:
 
 def print_control(meter: Meter) -> None:
     parts = ("gate", "callback", "ASHA", "Ray")
-    print("| trials ended | results | gate, us | callback, us | ours, us | ASHA, us | rest of Ray, us | Ray's share |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| trials ended | results | gate, us | callback, us | ours, us | ASHA, us | rest of Ray, us | Ray's share "
+        "| memory, MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for size in SIZES:
         rows = [times for ended, times in meter.rows if 0.8 * size <= ended <= size]
         if not rows:
@@ -164,7 +174,7 @@ def print_control(meter: Meter) -> None:
         ours, total = mean["gate"] + mean["callback"], sum(mean.values())
         print(
             f"| {size} | {len(rows)} | {mean['gate']:.0f} | {mean['callback']:.0f} | {ours:.0f} | {mean['ASHA']:.0f} | "
-            f"{mean['Ray']:.0f} | {100 * (total - ours) / total:.0f} % |"
+            f"{mean['Ray']:.0f} | {100 * (total - ours) / total:.0f} % | {meter.memory[size] / 1e6:.0f} |"
         )
 
 

@@ -39,7 +39,7 @@ from nkat_ray.record.journal import FAILED_REASONS
 from nkat_ray.record.run_folder import RecordedRun
 from nkat_ray.record.tables import config_of
 from nkat_ray.report.demand import Demand, demands, other_accuracies, stem_name
-from nkat_ray.report.wording import after_the_fact, command_line
+from nkat_ray.report.wording import after_the_fact, closest_sentence, command_line
 from nkat_ray.space import SPACES, Domain, corner_configs
 
 Row = Mapping[str, Any]
@@ -138,13 +138,7 @@ def gap_sentence(run: RecordedRun, losses: Sequence[Loss]) -> str:
     target = GLOBAL_TARGETS["global_tpe"]
     if run.winner is None:
         miss = None if run.survivors else scoring.nearest_miss(run.trials, run.gate)
-        if miss is None:
-            return ""
-        lacks = f"{miss.needed - miss.accuracy:.3f} more" if miss.needed <= 1 else "more than 1, which is impossible"
-        return (
-            f"Trial {miss.trial} is closest to the gate, with an accuracy of {miss.accuracy:.3f}. At its lambda of "
-            f"{miss.lambda_theory:.2f} the gate of {run.gate:.2f} needs {miss.needed:.3f}, {lacks}."
-        )
+        return "" if miss is None else closest_sentence(miss, run.gate)
     if not losses:
         return ""
     now = scoring.result_scores(run.stage2, run.winner).global_tpe

@@ -25,7 +25,7 @@ from nkat_ray.metrics import LAMBDA_MODELS, STAGE2_DATASETS
 from nkat_ray.record import scoring, tables
 from nkat_ray.record.run_folder import RecordedRun
 from nkat_ray.record.scoring import dataset_name, datasets_of, number, rows_by_dataset, stage2_status
-from nkat_ray.report.wording import after_the_fact, command_line
+from nkat_ray.report.wording import after_the_fact, closest_sentence, command_line
 
 T = TypeVar("T")
 
@@ -302,18 +302,12 @@ def _counts_line(trials: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 
 
 def _closest_miss(summary: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Text:
-    gate = summary["gate"]
     if summary["survivors"]:
         return Text("Stage 2 has no result yet.", style="bold")
-    miss = scoring.nearest_miss(trials, gate)
+    miss = scoring.nearest_miss(trials, summary["gate"])
     if miss is None:
         return Text("No trial passed the gate, and none has a score.", style="bold")
-    missing = f"{miss.needed - miss.accuracy:.3f} was missing" if miss.needed <= 1 else "no accuracy reaches that"
-    return Text(
-        f"No trial passed the gate. Closest: trial {miss.trial} with an accuracy of {miss.accuracy:.3f}; at its lambda "
-        f"of {miss.lambda_theory:.2f} the gate of {gate:.2f} takes {miss.needed:.3f}: {missing}.",
-        style="bold",
-    )
+    return Text(f"No trial passed the gate. {closest_sentence(miss, summary['gate'])}", style="bold")
 
 
 def _print_paths(console: Console, folder: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nkat_ray.record.scoring import number
+from nkat_ray.record.scoring import Miss, number
 
 
 def design_label(config: Mapping[str, Any]) -> str:
@@ -18,6 +18,15 @@ def design_label(config: Mapping[str, Any]) -> str:
     """
     stem = "no stem" if config["conv_stem"] == "off" else config["conv_stem"]
     return f"{stem} p{config['patch_size']} {config['embed_dim']}x{config['depth']}"
+
+
+def closest_sentence(miss: Miss, gate: float) -> str:
+    """Say how far the trial that came closest is from the gate."""
+    lacks = f"{miss.needed - miss.accuracy:.3f} more" if miss.needed <= 1 else "more than 1, which is impossible"
+    return (
+        f"Trial {miss.trial} is closest to the gate, with an accuracy of {miss.accuracy:.3f}. At its lambda of "
+        f"{miss.lambda_theory:.2f} the gate of {gate:.2f} needs {miss.needed:.3f}, {lacks}."
+    )
 
 
 def accuracy_phrase(row: Mapping[str, Any]) -> str:

@@ -45,8 +45,8 @@ def test_final_report_states_the_figures(make_run: Callable[..., Any]) -> None:
 
 def test_final_report_without_survivor_says_which_accuracy_was_missing(make_run: Callable[..., Any]) -> None:
     text = " ".join(printed(make_run(gate=0.60)).split())
-    assert "trial 5 with an accuracy of 0.685" in text
-    assert "the gate of 0.60 takes 0.868: 0.183 was missing" in text
+    assert "Trial 5 is closest to the gate, with an accuracy of 0.685." in text
+    assert "the gate of 0.60 needs 0.868, 0.183 more" in text
 
 
 def test_final_report_names_a_missing_dataset_verbatim(make_run: Callable[..., Any]) -> None:
