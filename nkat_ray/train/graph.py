@@ -23,7 +23,7 @@ CHANGE_TOLERANCE = 0.05  # difference of a change, relative to its norm: sums di
 LITTLE_MEMORY = "too little memory"
 
 Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # inputs, targets -> loss, number of correct predictions
-State = Mapping[str, Sequence[Tensor]]  # by kind: weights, buffers, the optimizer's averages
+State = Mapping[str, Sequence[Tensor]]  # by kind: weights, buffers, the optimizer's averages and learning rates
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class StepGraph:
     Where the capture fails, or a replay differs, the training continues eagerly and a notice says so; no step is lost.
 
     Args:
-        state: returns everything that an update changes. It must not hold the training, nor may `notice`: a graph in a
-            cycle of references would keep its memory.
+        state: returns everything that an update changes or depends on. It must not hold the training, nor may `notice`:
+            a graph in a cycle of references would keep its memory.
         notice: called with one line if the graph cannot be used.
     """
 
@@ -84,13 +84,15 @@ class StepGraph:
         if self.failed or self._steps < EAGER_STEPS:
             self._steps += 1
             return eager(inputs, targets)
-        before, random = self._copies(), torch.cuda.get_rng_state()
+        before, random, outcome, fault = self._copies(), torch.cuda.get_rng_state(), None, ""
         try:
             with _waits_refused():  # an invalid capture could not be recovered from
                 outcome = whole(inputs, targets)
         except RuntimeError as error:
-            if (reason := _reason(error)) != LITTLE_MEMORY:  # else the eager step splits the batch
-                self._give_up(reason)
+            fault = _reason(error)
+        if outcome is None:  # outside `except`: the traceback holds the activations
+            if fault != LITTLE_MEMORY:  # else the eager step splits the batch
+                self._give_up(fault)
             self._put_back(before, random)
             return eager(inputs, targets)
         after = self._copies()

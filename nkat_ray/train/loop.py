@@ -105,7 +105,7 @@ class Trainer:
         """Return the step as a CUDA graph; None on a CPU."""
         if self.device.type != "cuda":
             return None
-        return StepGraph(partial(_changing, self.model, self.optimizer), self.notice)
+        return StepGraph(partial(_state_of_update, self.model, self.optimizer), self.notice)
 
     @property
     def scored_model(self) -> nn.Module:
@@ -340,9 +340,10 @@ class Trainer:
         )
 
 
-def _changing(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
-    """Return the tensors that an update changes, by kind."""
+def _state_of_update(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
+    """Return the tensors that an update changes, and the learning rates where they are tensors, by kind."""
     kinds: dict[str, list[Tensor]] = {"weights": list(model.parameters()), "buffers": list(model.buffers())}
+    kinds["rates"] = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
     for state in optimizer.state.values():
         for kind, value in state.items():
             if isinstance(value, Tensor):
