@@ -83,7 +83,7 @@ RECORDINGS: Mapping[str, Recording] = {
             val_images=1000,
         ),
     ),
-    # The preset `laptop` on fewer images, and around its space: sizes whose epochs differ tenfold in cost.
+    # The preset `laptop` on fewer images, and around its space: sizes whose epochs differ fifteenfold in operations.
     "laptop": Recording(
         file="curves_laptop.parquet",
         space={

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/search/replay.py
     OMP_NUM_THREADS=1 python benchmarks/search/replay.py --seconds recorded
-    OMP_NUM_THREADS=1 python benchmarks/search/replay.py laptop --search --seeds 5
+    OMP_NUM_THREADS=1 python benchmarks/search/replay.py --search --seeds 5
 
 For each seed the trials of the table come in another order (the same for every rule); `--search` has GatedOptunaSearch
 propose half of them instead. Times are simulated seconds on four slots. `--seconds quiet` takes for an epoch what it
@@ -133,7 +133,10 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="GatedOptunaSearch proposes, not a random order")
     arguments = parser.parse_args()
     recording = RECORDINGS[arguments.recording]
-    table = curves_of(load(arguments.table or recording.table), recording.space)
+    rows = load(arguments.table or recording.table)
+    if not rows:
+        raise SystemExit(f"no curve is recorded: run benchmarks/search/curves.py {arguments.recording} first")
+    table = curves_of(rows, recording.space)
     if arguments.seconds == "quiet":
         table = on_quiet_machine(table, recording.structure)
     finals = [curve.best for curve in table]

@@ -14,7 +14,7 @@ from nkat_ray.record.run_folder import load_run
 from nkat_ray.report.advice import limits_of
 from nkat_ray.report.comparison import compare_page
 from nkat_ray.report.html import run_page
-from nkat_ray.report.language import own_language
+from nkat_ray.report.language import Code, own_language
 from nkat_ray.report.terminal import Screen, final_report, result_lines, screen_of
 
 
@@ -26,7 +26,7 @@ class ReportConfig(ScreenConfig):
     """Folders of runs."""
     out: Path | None = None
     """File to write. Default: report.html in the run's folder, or comparison.html here."""
-    lang: Literal["auto", "en", "ja"] = "auto"
+    lang: Literal["auto", Code] = "auto"
     """Language of a run's report. auto takes the locale's, where it is Japanese."""
 
 

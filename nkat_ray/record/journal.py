@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -91,6 +91,17 @@ class WarmTrial:
     score: float  # value for Optuna if the trial passes this run's gate
 
 
+def by_score(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Return the trials with a finite score, by falling Local TPE; in a tie the lower number is first."""
+    scored = [record for record in records if record.best_row() is not None]
+    return sorted(scored, key=lambda record: (-record.best_score, record.trial))
+
+
+def stored(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Return the ended trials with weights on disk, best first."""
+    return by_score(record for record in records if record.ended and record.checkpoints)
+
+
 @dataclass
 class RunState:
     """The state that the events of a journal add up to."""
@@ -119,12 +130,11 @@ class RunState:
 
     def by_score(self) -> list[TrialRecord]:
         """Return the trials with a finite score, by falling Local TPE; in a tie the lower number is first."""
-        scored = [record for record in self.trials.values() if record.best_row() is not None]
-        return sorted(scored, key=lambda record: (-record.best_score, record.trial))
+        return by_score(self.trials.values())
 
     def stored(self) -> list[TrialRecord]:
         """Return the ended trials with weights on disk, best first."""
-        return [record for record in self.by_score() if record.ended and record.checkpoints]
+        return stored(self.trials.values())
 
     def weights_kept(self, gate: float) -> list[int]:
         """Return the numbers of the ended trials whose weights are kept, the best first."""

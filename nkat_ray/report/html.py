@@ -45,8 +45,8 @@ def write_report(
     """Write one run's report and return its path.
 
     Args:
-        lang: the report's language; None for that of the computer's user.
         summary: the keys of summary.json if that file has not been written yet.
+        lang: the report's language; None for that of the computer's user.
 
     Raises:
         UserError: the folder holds no run, or one of its files is missing or damaged.
@@ -71,7 +71,7 @@ def run_card(run: RecordedRun) -> str:
     )
 
 
-def run_page(run: RecordedRun, lang: Code = "en") -> Page:
+def run_page(run: RecordedRun, lang: Code) -> Page:
     """Return the report of one run in a language."""
     comparison, limits = compare_trials(run.trials, run.curves, list(run.searched)), limits_of(run)
     return Page(

@@ -8,7 +8,7 @@ import locale
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 Code = Literal["en", "ja"]
 
+JOINTS: Final = ((re.compile(", "), "、"), (re.compile(r"(?<=\.) (?=[A-Z])"), ""))  # of lists, of sentences
 SLOT: Final = re.compile(r"\{(\w+)(#?)\}")
 NUMBER: Final = r"[-+]?[\d.,]*\d(?:e[-+]?\d+)?"
 
@@ -37,23 +38,21 @@ class Language:
 
     def of(self, text: str) -> str:
         """Return a text in this language; unchanged where there is no entry for it."""
-        if not text or self.code == "en":
-            return text
         if text in self.exact:
             return self.exact[text]
-        if (listed := self._listed(text)) is not None:
-            return listed
+        for between, joint in JOINTS:
+            if (joined := self._joined(between.split(text), joint)) is not None:
+                return joined
         for pattern, translation in self.patterns:
             if found := pattern.fullmatch(text):
                 return translation.format_map({slot: self.of(value) for slot, value in found.groupdict().items()})
         return text
 
-    def _listed(self, text: str) -> str | None:
-        """Translate the items of a list one by one; None for what is no list, or has an item without an entry."""
-        items = text.split(", ")
-        translated = [self.of(item) for item in items] if len(items) > 1 else items
-        known = all(new != old for new, old in zip(translated, items, strict=True))
-        return "、".join(translated) if known else None
+    def _joined(self, parts: Sequence[str], joint: str) -> str | None:
+        """Translate parts one by one; None if there is only one, or one has no entry."""
+        translated = [self.of(part) for part in parts] if len(parts) > 1 else parts
+        known = all(new != old for new, old in zip(translated, parts, strict=True))
+        return joint.join(translated) if known else None
 
     def of_lines(self, markup: str) -> str:
         """Return a hover template in this language, line by line."""
@@ -61,14 +60,11 @@ class Language:
         return "<br>".join(self.exact.get(line, line) for line in body.split("<br>")) + extra
 
 
-ENGLISH: Final = Language("en", {}, ())
-
-
 @cache
 def language(code: Code) -> Language:
     """Return a language with its catalogue."""
     if code == "en":
-        return ENGLISH
+        return Language("en", {}, ())
     catalogue = tomllib.loads(files("nkat_ray.report").joinpath(f"{code}.toml").read_text(encoding="utf-8"))
     patterns = ((_expression(text), translation) for text, translation in catalogue["sentences"].items())
     return Language(code, catalogue["exact"], tuple(patterns))

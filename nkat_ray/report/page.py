@@ -25,6 +25,7 @@ from nkat_ray.report.language import Code, Language, language
 from nkat_ray.report.wording import spoken_time
 
 MARKUP: Final = ("hovertemplate",)  # keys of a figure whose strings are markup; all others are data
+SHOWN: Final = ("text", "name", "label", "x", "y", "customdata", "meta", "ticktext", "categoryarray")  # not options
 
 
 @cache
@@ -98,4 +99,6 @@ def _as_text(value: Any, shown_in: Language, key: str = "") -> Any:
         return [_as_text(item, shown_in, key) for item in value]
     if not isinstance(value, str):
         return value
-    return shown_in.of_lines(value) if key in MARKUP else html.escape(shown_in.of(value), quote=False)
+    if key in MARKUP:
+        return shown_in.of_lines(value)
+    return html.escape(shown_in.of(value) if key in SHOWN else value, quote=False)

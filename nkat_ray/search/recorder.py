@@ -24,7 +24,7 @@ from nkat_ray.metrics import (
     TRAIN_LOSS,
     VAL_ACCURACY,
 )
-from nkat_ray.record.journal import KEPT_BEST, Journal, TrialRecord
+from nkat_ray.record.journal import KEPT_BEST, Journal, TrialRecord, stored
 from nkat_ray.search.stops import Stop, stop_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Recorder(Callback):
     def __init__(self, journal: Journal, *, gate: float, folder: str, stage: "Stage1") -> None:
         self._journal, self._gate, self._folder, self._stage = journal, gate, folder, stage
         self.first_error: RuntimeError | None = None
-        self._best: list[TrialRecord] | None = None  # of the ended trials with weights, one more than are kept
+        self._best = journal.state.stored()[: KEPT_BEST + 1]  # so that no end looks at all trials
 
     def __getstate__(self) -> dict[str, Any]:
         """Return an empty state: Tune pickles its callbacks but never restores this one."""
@@ -119,11 +119,8 @@ class Recorder(Callback):
 
     def _tidy(self, record: TrialRecord) -> None:
         """Remove the checkpoints of this trial and of the one that it displaces from the best, except kept weights."""
-        if self._best is None:
-            self._best = self._journal.state.stored()[: KEPT_BEST + 1]
-        elif record.checkpoints and record.best_row() is not None and record.trial not in [b.trial for b in self._best]:
-            ranked = sorted([*self._best, record], key=lambda one: (-one.best_score, one.trial))
-            self._best = ranked[: KEPT_BEST + 1]
+        known = {one.trial: one for one in (*self._best, record)}  # an end can be told twice
+        self._best = stored(known.values())[: KEPT_BEST + 1]
         kept = [one.trial for one in self._best[:KEPT_BEST]]
         for one in (record, *self._best[KEPT_BEST:]):
             if not one.passed(self._gate):

@@ -203,6 +203,17 @@ def test_a_gpus_speed_is_measured_as_a_trial_trains(monkeypatch: pytest.MonkeyPa
     assert len([images for _, images, _ in seen if images == 40]) >= plan.PROBE_EPOCHS * plan.PROBE_STEPS
 
 
+def test_the_probe_of_a_gpu_takes_no_larger_batches_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of 65,536 would take gigabytes; and no rate is so high that the probe's loss is not finite."""
+    from pretend_cuda import pretend_cuda
+
+    monkeypatch.undo()
+    monkeypatch.setattr(plan, "PROBE_BATCH", 4)
+    config = TrialConfig(embed_dim=16, depth=1, batch_size=65_536, optimizer="muon", lr=1.0)
+    with pretend_cuda():
+        assert 0 < plan.measured_flops_per_s(config, on_gpu=True) < math.inf
+
+
 def test_a_busy_gpu_ends_a_plan_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def busy(*_: Any) -> None:
         raise RuntimeError("CUDA error: out of memory\nDevice-side assertions were explicitly omitted.")

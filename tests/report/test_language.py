@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
+from nkat_ray.record import scoring
 from nkat_ray.report.html import write_report
 from nkat_ray.report.language import SLOT, Code, language, own_language
+from nkat_ray.report.page import MARKUP, SHOWN
+from nkat_ray.search.stops import at_last_epoch, out_of_time
+from nkat_ray.search.user_stops import STOPPED
 
 JAPANESE = language("ja")
 KEPT = re.compile(  # names, values, flags and words that the Japanese pages keep
@@ -105,6 +109,49 @@ def test_a_page_has_no_english_sentence_left(
     assert english == set()
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)[1])  # type: ignore[index]
     assert figures["curves"]["layout"]["xaxis"]["title"]["text"] == "エポック"
+
+
+def test_only_what_is_shown_differs_in_a_figure(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    """Plotly's own words, such as `start` of an anchor, are in the catalogue too."""
+
+    def options(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: options(item) for name, item in value.items() if name not in (*SHOWN, *MARKUP)}
+        return [options(item) for item in value] if isinstance(value, list) else value
+
+    folder, found = make_run(repeat=4).folder, []
+    codes: tuple[Code, ...] = ("en", "ja")
+    for code in codes:
+        text = write_report(folder, tmp_path / "page.html", lang=code).read_text(encoding="utf-8")
+        found.append(json.loads(re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)[1]))  # type: ignore[index]
+    assert options(found[0]) == options(found[1])
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        at_last_epoch(4, 0.41, 0.38).detail,
+        at_last_epoch(4, 0.31, 0.38).detail,
+        out_of_time(3).detail,
+        "epoch 4: Local TPE 0.3043 < gate 0.38, accuracy 0.4143 misses 0.5175 by 0.1032",
+        "epoch 2: Local TPE 0.3004 is not among the rung's best",
+        "epoch 10: accuracy 0.4012 does not exceed 0.45",
+        "epoch 3: 8 trials have passed the gate, which is enough (max_survivors); the best has 0.6123",
+        "epoch 3: val_accuracy nan, local_tpe None: missing or not finite",
+        STOPPED.detail,
+        *scoring.notices({"gate": 0.38, "preset": "quick", "data": {"mnist": {"source": "synthetic"}, "cifar10": {}}}),
+        "this run was extended from 6 to 12 trials; test scores of its survivors were known by then",
+        "evaluated after the fact with its best trial; the run's gate was 0.60; left out without weights: trials 1, 2",
+        "With the design of trial 4 (tiny stem, width 64) Global TPE 0.70 is impossible: CIFAR-10 would need 1.124. "
+        "No design of this space can reach it.",
+        "The design of trial 1 (no stem, width 256) reaches Global TPE 0.70: CIFAR-10 needs 0.840 and has 0.866. "
+        "Least is needed with tiny stem, width 64 or 96: 0.822.",
+    ],
+)  # fmt: skip
+def test_what_a_run_stores_is_translated_whole(said: str) -> None:
+    kept = KEPT.sub("", JAPANESE.of(said).replace("val_accuracy", "").replace("local_tpe", ""))
+    assert not re.search(r"[A-Za-z]{3,}", kept.replace("rung", "").replace("max_survivors", "").replace("None", ""))
 
 
 def test_the_same_run_has_the_same_sections_in_both_languages(make_run: Callable[..., Any], tmp_path: Path) -> None:
