@@ -36,6 +36,12 @@ def one_line(error: object) -> str:
     return lines[-1][:500] if lines else type(error).__name__
 
 
+def first_line(error: object) -> str:
+    """Shorten an error to its first line with text, 500 characters at most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:500] if lines else type(error).__name__
+
+
 def cuda_build_advice() -> str:
     """Return advice for a machine with a GPU whose PyTorch is a CPU build, as PyPI's is on Windows."""
     found = (f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in ("torch", "torchvision"))

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -64,6 +66,7 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[str]:
             logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
         if chosen.value == "local":
+            threading.Thread(target=_load_ahead).start()
             folder = stack.enter_context(own_folder())
             stack.callback(ray.shutdown, wait_for_processes=True)  # its processes write into the folder
             _start(folder, verbose=verbose)
@@ -72,6 +75,12 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[str]:
             stack.callback(ray.shutdown)
             _join(chosen, verbose=verbose)
         yield chosen.phrase
+
+
+def _load_ahead() -> None:
+    """Load the networks' libraries while Ray starts its processes, for which this process would only wait."""
+    with contextlib.suppress(Exception):  # whoever needs them next gets the same error, where it is handled
+        importlib.import_module("nkat_ray.model")
 
 
 def _start(folder: Path, *, verbose: bool) -> None:
@@ -185,12 +194,13 @@ def planned_cluster(address: str | None, gpus_per_trial: float | None = None) ->
 
 
 def nodes_without(path: Path) -> list[str]:
-    """Return the host names of the nodes where a file does not exist, which means that its folder is not shared.
+    """Return the host names of other nodes where a file of this one does not exist: its folder is not shared.
 
     A node that died a moment ago is left out, although Ray still lists it for some seconds.
     """
     check = ray.remote(num_cpus=0)(os.path.exists)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     asked = [check.options(scheduling_strategy=on_node(node)).remote(str(path)) for node in nodes]
     return [
         node["NodeManagerHostname"] for node, ref in zip(nodes, asked, strict=True) if _answer(ref) is False

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from nkat_ray.cluster.resources import refuse_oversized, trial_share
 from nkat_ray.config import (
     ClusterConfig,
+    CompileConfig,
     DataConfig,
     ImageLimit,
     LambdaModel,
@@ -41,7 +42,7 @@ CHOOSE = ("gate", "best")  # flags that choose trials whatever the run's own gat
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DataConfig, ClusterConfig, Stage2Config, ScreenConfig):
+class EvaluateConfig(DataConfig, ClusterConfig, Stage2Config, CompileConfig, ScreenConfig):
     """The configuration of `nkat evaluate`: transfer, validation, ranking and test, without Stage 1."""
 
     target: Annotated[Path, Positional()]
@@ -68,6 +69,8 @@ class EvaluateConfig(DataConfig, ClusterConfig, Stage2Config, ScreenConfig):
         super().__post_init__()
         if not self.official and self.train_images is not None:
             self.refuse("train_images", "only --official trains on CIFAR-10", "add it")
+        if not self.official and self.compile:
+            self.refuse("compile", "only --official trains for long enough", "add it, or leave this out")
         if self.gate is not None and self.best is not None:
             self.refuse("best", "--gate chooses the trials already", "give one of the two")
         for name in CHOOSE:
@@ -86,6 +89,7 @@ PROGRAM = Program(
             "best",
             "official",
             "seeds",
+            "compile",
             "out",
             "data_dir",
             "data",

@@ -114,7 +114,10 @@ def official_run(config: EvaluateConfig) -> RunConfig:
 
 def _refuse_other_content(out: Path, config: EvaluateConfig) -> None:
     """Refuse a folder that holds anything but this recalculation; a continuation may change the `free` flags."""
-    free = {"address", "data_dir", "json", "quiet", "verbose", "out", "target", "cpus_per_trial", "gpus_per_trial"}
+    free = {
+        "address", "compile", "data_dir", "json", "quiet", "verbose", "out", "target", "cpus_per_trial",
+        "gpus_per_trial",
+    }  # fmt: skip
     path = out / CONFIG_FILE
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -159,7 +162,9 @@ def _train_and_evaluate(
         if missing:
             payload = (config.target / BEST_FOLDER / WEIGHTS_FILE).read_bytes()
             images = select_images(found, training_limits(found, run))
-            for number, weights in retrained(payload, found, images, missing, share, progress.on_notice):
+            for number, weights in retrained(
+                payload, found, images, missing, share, progress.on_notice, compile=config.compile
+            ):
                 folders[number].mkdir(parents=True, exist_ok=True)  # may be left empty by an earlier call
                 write_atomically(folders[number] / WEIGHTS_FILE, weights)
                 progress.on_notice(f"seed {number + 1} of {len(seeds)} is trained: {run.epochs} epochs")

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nkat_ray import __version__
 from nkat_ray.config import (
     STAGE1_DATASET,
+    CompileConfig,
     DataConfig,
     LambdaModel,
     ScreenConfig,
@@ -49,13 +50,13 @@ if TYPE_CHECKING:
 
     from nkat_ray.train.loop import EpochResult, Trainer
 
-FREE_ON_RESUME = ("data_dir", "json", "quiet", "resume")  # flags that may change with --resume
+FREE_ON_RESUME = ("compile", "data_dir", "json", "quiet", "resume")  # flags that may change with --resume
 CHECKPOINTS_FOLDER, CHECKPOINTS_KEPT = "checkpoints", 2
 TRAINING_FILE = "training.json"  # the configuration, for --resume
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrialConfig, DataConfig, ScreenConfig):
+class TrainConfig(TrialConfig, DataConfig, CompileConfig, ScreenConfig):
     """The configuration of `nkat train`: one training on one dataset."""
 
     dataset: str = STAGE1_DATASET
@@ -78,7 +79,7 @@ PROGRAM = Program(
     summary="Train one configuration on one dataset, without Ray.",
     groups={
         "Start here": ("dataset", "data_dir", "data", "out", "resume", "smoke", "seed", "lambda_model"),
-        "Training": ("epochs", "batch_size", "lr", "warmup", "train_images", "val_images"),
+        "Training": ("epochs", "batch_size", "lr", "warmup", "train_images", "val_images", "compile"),
         "Output": ("quiet", "json"),
     },
     more=more_of_trial("epochs", "batch_size", "lr", "warmup", "train_images", "val_images"),
@@ -203,6 +204,7 @@ def _train(
             seed=config.seed,
             notice=bar.console.print,
             on_step=lambda done: bar.update(task, completed=done),
+            compile=config.compile,
         )
         best = _continue(trainer, out) if config.resume else _Best()
         if trainer.epoch:

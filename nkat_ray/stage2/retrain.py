@@ -19,12 +19,17 @@ def retrained(
     seeds: Mapping[int, int],
     share: Share,
     notice: Callable[[str], None],
+    *,
+    compile: bool = False,
 ) -> Iterator[tuple[int, bytes]]:
     """Train a network's design from scratch with several seeds, in parallel.
 
     Args:
         payload: the network, as bytes of safetensors.
         seeds: number of the training -> seed.
+        share: of a node, for each training.
+        notice: called with one line about anything the user should know.
+        compile: see `Trainer`.
 
     Yields:
         Number of the training and the new network, in the order in which they finish.
@@ -34,7 +39,7 @@ def retrained(
     """
     tasks, source, images = Tasks[int](), ray.put(payload), ray.put(selection)
     for number, seed in seeds.items():
-        tasks.send(number, retrain_weights, source, images, dataset.traits, seed, share=share)
+        tasks.send(number, retrain_weights, source, images, dataset.traits, seed, compile, share=share)
     while tasks:
         for number, reference in tasks.finished(wait=True):
             try:

@@ -54,9 +54,12 @@ def count_on_test(payload: bytes, split: Split, share: Share) -> tuple[int, int]
 
 
 def retrain_weights(
-    payload: bytes, selection: Selection, traits: Traits, seed: int, share: Share
+    payload: bytes, selection: Selection, traits: Traits, seed: int, compile: bool, share: Share
 ) -> tuple[bytes, list[str]]:
     """Train a network's design from scratch with its own recipe (docs/spec.md section 6.4).
+
+    Args:
+        compile: see `Trainer`.
 
     Returns:
         The network after the last epoch, and notices.
@@ -67,6 +70,7 @@ def retrain_weights(
     source, notices = Weights.from_bytes(payload), list[str]()
     data, recipe = training_data(selection, traits, device_for(share.gpus, share.cpus)), source.config
     trained = transfer(
-        source, data, mode="scratch", epochs=recipe.epochs, lr=recipe.lr, seed=seed, notice=notices.append
+        source, data, mode="scratch", epochs=recipe.epochs, lr=recipe.lr, seed=seed, notice=notices.append,
+        compile=compile,
     )  # fmt: skip
     return trained.to_bytes(), notices

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nkat_ray.errors import first_line
 from nkat_ray.train.device import is_out_of_memory
 
 EAGER_STEPS = 3  # before a graph is captured: they create the optimizer's state and load the kernels
@@ -203,4 +204,4 @@ def _reason(error: RuntimeError) -> str:
     first = error.__context__ or error
     if isinstance(first, RuntimeError) and is_out_of_memory(first):
         return LITTLE_MEMORY
-    return (str(first).strip() or type(first).__name__).splitlines()[0]
+    return first_line(first)

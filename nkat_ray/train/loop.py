@@ -17,6 +17,7 @@ from nkat_ray.metrics import ATTENTION_ENTROPY, NKAT_PREFIX, NKAT_SCALARS
 from nkat_ray.model.capture import capture_attention, nkat_scalars
 from nkat_ray.train.augment import Mixing, apply, apply_mixing, draw, draw_mixing
 from nkat_ray.train.checkpoint import Weights
+from nkat_ray.train.compiled import compiled
 from nkat_ray.train.device import autocast, float32_notice, is_out_of_memory
 from nkat_ray.train.graph import StepGraph, release_memory
 from nkat_ray.train.images import ImageSet, TrainingData, in_pixels, normalise
@@ -68,6 +69,7 @@ class Trainer:
         notice: called with one line about anything the user should know.
         deadline_s: seconds since 1970 after which no further step is made.
         on_step: called after every step with the number of epochs trained so far, a fraction.
+        compile: whether whole batches go through a compiled network.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Trainer:
         notice: Callable[[str], None],
         deadline_s: float = math.inf,
         on_step: Callable[[float], None] | None = None,
+        compile: bool = False,
     ) -> None:
         self.config, self.data, self.seed = config, data, seed
         self.notice, self.deadline_s, self._on_step = notice, deadline_s, on_step
@@ -87,6 +90,7 @@ class Trainer:
         if (line := float32_notice(self.device)) is not None:
             notice(line)
         self.model = model.to(self.device)
+        self._whole = compiled(self.model, self.device, notice) if compile else self.model  # for whole batches
         self.optimizer = create_optimizer(self.model, config)
         self.ema = None if config.ema is None else Average(self.model, config.ema)
         self.order = torch.Generator().manual_seed(seed)
@@ -257,8 +261,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for part, wanted in zip(inputs.split(part_size), targets.split(part_size), strict=True):
+            network = self._whole if len(part) == self.config.batch_size else self.model
             with autocast(self.device):
-                logits = self.model(part)
+                logits = network(part)
             loss = F.cross_entropy(logits.float(), wanted, label_smoothing=self.config.label_smoothing)
             loss = loss * (len(part) / len(inputs))
             loss.backward()

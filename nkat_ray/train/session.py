@@ -48,6 +48,7 @@ def create_trainer(
     model: nn.Module | None = None,
     deadline_s: float = math.inf,
     on_step: Callable[[float], None] | None = None,
+    compile: bool = False,
 ) -> Trainer:
     """Create the training of a network.
 
@@ -59,8 +60,11 @@ def create_trainer(
         model: the network to train; None creates a new one with `create_network`.
         deadline_s: seconds since 1970 after which no further step is made.
         on_step: see `Trainer`.
+        compile: likewise.
     """
     network = create_network(config, data, seed=seed) if model is None else model
     if isinstance(network, NKATVisionTransformer) and data.train.device.type == "cpu" and recomputes(config):
         network.set_grad_checkpointing()
-    return Trainer(network, config, data, seed=seed, notice=notice, deadline_s=deadline_s, on_step=on_step)
+    return Trainer(
+        network, config, data, seed=seed, notice=notice, deadline_s=deadline_s, on_step=on_step, compile=compile
+    )

@@ -32,6 +32,7 @@ def transfer(
     lr: float,
     seed: int,
     notice: Callable[[str], None],
+    compile: bool = False,
 ) -> Weights:
     """Train a network on another dataset and score it on that dataset's validation images (docs/spec.md section 6.3).
 
@@ -40,6 +41,8 @@ def transfer(
         epochs: of `finetune` and `probe`; `scratch` keeps the trial's own.
         lr: peak learning rate, likewise.
         seed: decides the new weights, the order of images and the augmentation.
+        notice: called with one line about anything the user should know.
+        compile: see `Trainer`.
 
     Returns:
         The network after the last epoch, with its validation accuracy.
@@ -53,7 +56,7 @@ def transfer(
         _load_backbone(model, source)
     if mode == "probe":
         _freeze_backbone(model)
-    trainer = create_trainer(config, data, seed=seed, notice=notice, model=model)
+    trainer = create_trainer(config, data, seed=seed, notice=notice, model=model, compile=compile)
     *_, last = trainer.epochs()
     if last.val_accuracy != last.val_accuracy:
         raise ValueError(f"the loss was not finite in epoch {last.epoch} of the transfer to {data.traits.name}")
