@@ -118,6 +118,17 @@ class RunState:
     tested: dict[Key, Row] = field(default_factory=dict)  # test rows
     notices: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._scores = dict[
+            int, float
+        ]()  # best Local TPE per trial with a finite one: the gate is asked at each result
+        for record in self.trials.values():
+            self._score(record)
+
+    def _score(self, record: TrialRecord) -> None:
+        if math.isfinite(record.best_score):
+            self._scores[record.trial] = record.best_score
+
     @property
     def earlier_s(self) -> float:
         """Working time of the drivers before this one, in seconds."""
@@ -146,7 +157,7 @@ class RunState:
 
     def survivor_scores(self, gate: float) -> dict[int, float]:
         """Return the best Local TPE of each trial that passed the gate, by number, in ascending order."""
-        return {n: record.best_score for n, record in sorted(self.trials.items()) if record.passed(gate)}
+        return dict(sorted((trial, score) for trial, score in self._scores.items() if score >= gate))
 
     def validated(self, trial: int, epoch: int | None) -> dict[Key, Row]:
         """Return a trial's validation rows for the weights of an epoch, and those whose epoch is unknown."""
@@ -178,6 +189,7 @@ class RunState:
     def _on_result(self, event: Mapping[str, Any]) -> None:
         record = self.trials[event["trial"]]
         record.curve[event["row"][EPOCH]] = event["row"]
+        self._score(record)
         if event["checkpoint"] is not None:
             record.checkpoints = [path for path in record.checkpoints if path != event["checkpoint"]]
             record.checkpoints.append(event["checkpoint"])

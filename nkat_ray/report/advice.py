@@ -51,6 +51,10 @@ FEW_TOKENS: Final = 16
 NO_EFFECT: Final = 0.001  # relative change of attention's output that cannot move an accuracy
 MUON_LR: Final = 4e-3  # at which small networks trained best with Muon (docs/spec.md section 4)
 OFFICIAL_SEEDS: Final = 3
+LARGER: Final = {  # by whether the trials had a share of a GPU: the next preset that such a machine can run
+    False: {"quick": "laptop"},
+    True: {"quick": "gpu", "laptop": "gpu", "gpu": "round2"},
+}
 MOST_STEPS: Final = 3
 
 
@@ -372,11 +376,16 @@ def _search_on(run: RecordedRun) -> list[Step]:
                 words += [word for name, value in design.items() for word in (f"--{name}", str(value))]
                 text = f"Search only designs that can reach Global TPE {target:.2f} ({least.design}):"
                 return [Step(text, command_line(words), _search_s(run, full, _without(run.searched, design)))]
-    if preset != "round2":
-        size = f"{RunConfig.num_samples} trials of {RunConfig.epochs} epochs"
-        text = f"The preset {preset} is a small search. The full one has {size}:"
-        return [Step(text, "python tune_round2.py", _search_s(run, RunConfig(), SPACES[RunConfig.space]))]
-    words = ["python", "tune_round2.py", "--warm_start", str(run.folder.absolute())]
+    larger = LARGER[any(row["gpus"] for row in run.trials)].get(preset)
+    if larger is not None:
+        full = RunConfig.from_preset(larger, name=None)
+        text = (
+            f"The preset {preset} is a small search. The next one for this machine is {larger}, with "
+            f"{full.num_samples} trials of {full.epochs} epochs:"
+        )
+        command = command_line(["python", "tune_round2.py", "--preset", larger])
+        return [Step(text, command, _search_s(run, full, SPACES[full.space]))]
+    words = ["python", "tune_round2.py", "--preset", preset, "--warm_start", str(run.folder.absolute())]
     return [Step("Search on, starting from what this run has learned:", command_line(words), run.summary["wall_s"])]
 
 

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nkat_ray.errors import UserError
@@ -290,3 +291,20 @@ def test_a_run_begins_when_its_command_was_typed(tmp_path: Path, clock: Clock) -
     journal = Journal(tmp_path)
     journal.write("run", began_s=990.0)
     assert journal.state.attempts == [(990.0, 1000.0)]
+
+
+def test_survivors_are_known_without_looking_at_the_curves_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate is asked at each result: 10,000 trials must not be scored each time."""
+    state, scores = RunState(), np.random.default_rng(0).uniform(0.4, 0.7, (50, 4)).round(2)
+    scores[::7, :2] = math.nan
+    for trial in range(50):
+        state.apply(
+            {"event": "proposed", "time_s": 0.0, "trial": trial, "params": {}, "seed": 0, "study_number": trial}
+        )
+        for epoch, score in enumerate(scores[trial], start=1):
+            row = {"epoch": epoch, "local_tpe": float(score)}
+            state.apply({"event": "result", "time_s": 0.0, "trial": trial, "row": row, "checkpoint": None})
+    expected = {trial: best for trial, best in enumerate(np.nanmax(scores, axis=1).tolist()) if best >= 0.6}
+    monkeypatch.setattr(TrialRecord, "finite_rows", None)
+    assert state.survivor_scores(0.6) == expected
+    assert state.survivors(0.6) == sorted(expected)

@@ -50,11 +50,25 @@ def test_a_run_below_its_target_searches_where_the_target_is_possible(make_run: 
     assert typed == {"preset": "laptop", "space": "round2", "conv_stem": "off", "embed_dim": 384}
 
 
-def test_where_no_design_can_reach_it_the_search_goes_on_as_it_was(make_run: Callable[..., Any]) -> None:
-    run = load_run(make_run(emnist=0.5).folder)  # even without a stem CIFAR-10 would need 1.33
-    assert "python tune_round2.py" in check(next_steps(run))
-    large = load_run(make_run("large", preset="round2", emnist=0.5).folder)
-    assert any(command.startswith("python tune_round2.py --warm_start") for command in check(next_steps(large)))
+@pytest.mark.parametrize(
+    ("preset", "gpus", "step"),
+    [
+        ("quick", 0.0, "--preset laptop"),
+        ("laptop", 0.0, "--preset laptop --warm_start"),  # the larger ones would take a CPU months
+        ("quick", 0.5, "--preset gpu"),
+        ("laptop", 0.5, "--preset gpu"),
+        ("gpu", 0.5, "--preset round2"),
+        ("round2", 0.5, "--preset round2 --warm_start"),
+    ],
+)
+def test_where_no_design_can_reach_it_a_search_that_this_machine_can_run_is_next(
+    preset: str, gpus: float, step: str, make_run: Callable[..., Any]
+) -> None:
+    run = load_run(make_run(preset=preset, emnist=0.5).folder)  # even without a stem CIFAR-10 would need 1.33
+    run = dataclasses.replace(run, trials=[{**row, "gpus": gpus} for row in run.trials])
+    (command,) = (line for line in check(next_steps(run)) if line.startswith("python tune_round2.py"))
+    assert command.startswith(f"python tune_round2.py {step}")
+    assert command.endswith(step) or "--warm_start" in step
 
 
 @pytest.mark.parametrize("options", [{}, {"gate": 0.6}, {"gate": 1.0}, {"emnist": None}, {"running": True}])

@@ -32,7 +32,7 @@ def test_once_enough_have_passed_the_trials_below_the_best_survivor_end() -> Non
     budget = survivor_budget(2, known)
     assert not budget("a", result(0, 0.59, epoch=2))
     assert not budget("c", result(2, 0.7))  # the second survivor, not in the journal yet
-    known.trials[2] = state(t2=0.7).trials[2]
+    known.apply({"event": "result", "time_s": 1.0, "trial": 2, "row": result(2, 0.7), "checkpoint": None})
     last = result(0, 0.59, epoch=3)
     assert budget("a", last)
     assert budget("a", last)  # asked twice
@@ -44,7 +44,7 @@ def test_once_enough_have_passed_the_trials_below_the_best_survivor_end() -> Non
     assert not budget("c", result(2, 0.1, epoch=2))  # the best survivor, whatever its score now
     assert not budget("d", result(3, 0.7))  # level with it
     assert not budget("e", result(4, 0.71))  # better: now it is the best
-    known.trials[4] = state(t4=0.71).trials[4]
+    known.apply({"event": "result", "time_s": 1.0, "trial": 4, "row": result(4, 0.71), "checkpoint": None})
     assert budget("c", result(2, 0.7, epoch=3))
     assert not budget.stop_all()
 
