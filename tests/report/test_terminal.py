@@ -99,7 +99,10 @@ def test_at_chance_is_not_called_failed(make_run: Callable[..., Any]) -> None:
 
 
 # Reported in softlayer/softlayer-python#1676, Textualize/rich#501
-def test_in_a_pipe_nothing_is_cut(make_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_pipe_nothing_is_cut(
+    make_run: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     run, name = make_run(), "leaves_of_all_trees_of_the_botanical_garden_2025"
     summary, rows = with_own_dataset(run, name)
     screen = Screen()
