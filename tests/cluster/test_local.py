@@ -226,4 +226,4 @@ def test_ray_starts_although_rays_usual_folder_is_another_users(tmp_path: Path) 
 @pytest.mark.cluster
 def test_nothing_of_a_local_instance_stays(tmp_path: Path, short: Path) -> None:
     assert f"runs in {short}/nkat-" in started(tmp_path, TMPDIR=str(short))
-    assert list(short.iterdir()) == []
+    assert [path for path in short.iterdir() if not path.name.startswith("torchinductor_")] == []  # PyTorch's cache
