@@ -31,8 +31,8 @@ from rich.table import Table
 from scipy import stats
 from simulator import mean_interval
 
-from nkat_ray.metrics import BEST_LOCAL_TPE, STAGE2_DATASETS
-from nkat_ray.record.run_folder import load_run
+from nkat_ray.metrics import STAGE2_DATASETS
+from nkat_ray.record.journal import read_state
 from nkat_ray.search.sampler import make_sampler
 from nkat_ray.space import SPACES, Span, distribution
 
@@ -52,16 +52,13 @@ class Known:
 
 
 def recorded(run_folder: Path) -> list[dict[str, Any]]:
-    """Read the trials of a run that have all four validations."""
-    run = load_run(run_folder)
-    rows = []
-    for row in run.trials:
-        scores = [r["val_tpe"] for r in run.stage2 if r["trial"] == row["trial"] and r["val_tpe"] is not None]
-        if len(scores) == len(STAGE2_DATASETS):
-            params = {name: row[f"config/{name}"] for name in SPACE}
-            rows.append(
-                {"trial": row["trial"], **params, "local": row[BEST_LOCAL_TPE], "global": float(np.mean(scores))}
-            )
+    """Read the trials of a run that have all four validations; the run may still be in progress."""
+    state, rows = read_state(run_folder), []
+    for trial, record in sorted(state.trials.items()):
+        scores = [row["val_tpe"] for (number, _), row in state.stage2.items() if number == trial]
+        if len(scores) == len(STAGE2_DATASETS) and None not in scores:
+            params = {name: record.params[name] for name in SPACE}
+            rows.append({"trial": trial, **params, "local": record.best_score, "global": float(np.mean(scores))})
     return rows
 
 
