@@ -186,7 +186,7 @@ class CompileConfig(Checked):
 
     compile: bool = False
     """Train with torch.compile. It needs a C++ compiler (GPU: Triton) and up to a minute first, and then saves a tenth
-    to a quarter of the time on a CPU. Losses agree to 1e-5."""
+    to a quarter of the time on a CPU; not yet tried on a GPU. Losses agree to 1e-5 in the first steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

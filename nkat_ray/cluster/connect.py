@@ -66,8 +66,8 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[str]:
             logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
         if chosen.value == "local":
-            threading.Thread(target=_load_ahead).start()
             folder = stack.enter_context(own_folder())
+            threading.Thread(target=_load_ahead).start()
             stack.callback(ray.shutdown, wait_for_processes=True)  # its processes write into the folder
             _start(folder, verbose=verbose)
         else:
@@ -79,7 +79,7 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[str]:
 
 def _load_ahead() -> None:
     """Load the networks' libraries while Ray starts its processes, for which this process would only wait."""
-    with contextlib.suppress(Exception):  # whoever needs them next gets the same error, where it is handled
+    with contextlib.suppress(Exception):  # whoever needs them next gets the error, where it is handled
         importlib.import_module("nkat_ray.model")
 
 

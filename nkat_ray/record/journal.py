@@ -119,15 +119,13 @@ class RunState:
     notices: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._scores = dict[
-            int, float
-        ]()  # best Local TPE per trial with a finite one: the gate is asked at each result
+        # Best Local TPE per trial, -inf without one: the gate is asked at each result.
+        self._scores = dict[int, float]()
         for record in self.trials.values():
             self._score(record)
 
     def _score(self, record: TrialRecord) -> None:
-        if math.isfinite(record.best_score):
-            self._scores[record.trial] = record.best_score
+        self._scores[record.trial] = record.best_score
 
     @property
     def earlier_s(self) -> float:
@@ -179,7 +177,9 @@ class RunState:
 
     def _on_proposed(self, event: Mapping[str, Any]) -> None:
         keys = ("trial", "params", "seed", "study_number")
-        self.trials[event["trial"]] = TrialRecord(**{key: event[key] for key in keys}, proposed_s=event["time_s"])
+        record = TrialRecord(**{key: event[key] for key in keys}, proposed_s=event["time_s"])
+        self.trials[event["trial"]] = record
+        self._score(record)
 
     def _on_started(self, event: Mapping[str, Any]) -> None:
         record = self.trials[event["trial"]]

@@ -20,8 +20,8 @@ def compiled(model: nn.Module, device: torch.device, notice: Callable[[str], Non
     Args:
         model: the network, on the device.
         device: where it computes.
-        notice: called with one line where PyTorch cannot compile (there is no C++ compiler, or on a GPU no Triton); the
-            network itself is returned then.
+        notice: called with one line where PyTorch cannot compile a small function (there is no C++ compiler, or on a
+            GPU no Triton); the network itself is returned then.
     """
     try:
         torch.compile(torch.sin, options={"force_disable_caches": True})(torch.ones(1, device=device))

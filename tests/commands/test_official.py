@@ -44,7 +44,13 @@ def test_a_folder_without_a_winner_is_refused(nkat_script: Callable[..., Any], t
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"), [({"seeds": 0}, "seeds is 0"), ({"seeds": 101}, "1..100"), ({"train_images": 50}, "--official")]
+    ("fields", "said"),
+    [
+        ({"seeds": 0}, "seeds is 0"),
+        ({"seeds": 101}, "1..100"),
+        ({"train_images": 50}, "--official"),
+        ({"compile": True}, "--official"),
+    ],
 )
 def test_flags_out_of_range(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):

@@ -304,6 +304,13 @@ def test_survivors_are_known_without_looking_at_the_curves_again(monkeypatch: py
         for epoch, score in enumerate(scores[trial], start=1):
             row = {"epoch": epoch, "local_tpe": float(score)}
             state.apply({"event": "result", "time_s": 0.0, "trial": trial, "row": row, "checkpoint": None})
+    lost = {"epoch": int(np.nanargmax(scores[1])) + 1, "local_tpe": math.nan}  # a retry diverges where the best was
+    state.apply({"event": "result", "time_s": 0.0, "trial": 1, "row": lost, "checkpoint": None})
+    scores[1][lost["epoch"] - 1] = math.nan
+    state.apply({"event": "proposed", "time_s": 0.0, "trial": 50, "params": {}, "seed": 0, "study_number": 50})
+    gone = {"epoch": 1, "local_tpe": 0.7}
+    for row in (gone, {**gone, "local_tpe": math.nan}):
+        state.apply({"event": "result", "time_s": 0.0, "trial": 50, "row": row, "checkpoint": None})
     expected = {trial: best for trial, best in enumerate(np.nanmax(scores, axis=1).tolist()) if best >= 0.6}
     monkeypatch.setattr(TrialRecord, "finite_rows", None)
     assert state.survivor_scores(0.6) == expected
