@@ -32,14 +32,17 @@ def suggestion(word: str, allowed: Iterable[object]) -> str:
 
 def one_line(error: object) -> str:
     """Shorten an error to its last line with text (in a traceback the exception), 500 characters at most."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:500] if lines else type(error).__name__
+    return _lines(error)[-1][:500]
 
 
 def first_line(error: object) -> str:
     """Shorten an error to its first line with text, 500 characters at most."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:500] if lines else type(error).__name__
+    return _lines(error)[0][:500]
+
+
+def _lines(error: object) -> list[str]:
+    """Return the lines with text; of an error without text, its type."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
 
 
 def cuda_build_advice() -> str:

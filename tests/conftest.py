@@ -35,6 +35,16 @@ def data_dir() -> Path:
     return Path(REAL_DATA)
 
 
+@pytest.fixture
+def no_compiler() -> Iterator[None]:
+    """Lets PyTorch find no C++ compiler."""
+    import torch._inductor.config
+
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)}):
+        yield
+
+
 @pytest.fixture(scope="session")
 def ray_settings() -> Iterator[None]:
     """What a run sets before Ray is imported; and no cluster that somebody else has named."""

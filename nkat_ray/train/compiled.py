@@ -25,7 +25,7 @@ def compiled(model: nn.Module, device: torch.device, notice: Callable[[str], Non
     """
     try:
         torch.compile(torch.sin, options={"force_disable_caches": True})(torch.ones(1, device=device))
-    except Exception as error:  # Dynamo's, Inductor's or the compiler's own: they have no base in common
+    except RuntimeError as error:  # the base of Dynamo's, which wrap those of Inductor and the compiler
         cause = getattr(error, "inner_exception", error)  # without Dynamo's advice to its developers
         notice(f"compile: trained without it, since PyTorch cannot compile here: {first_line(cause)}")
         return model

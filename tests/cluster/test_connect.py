@@ -7,7 +7,7 @@ import yaml
 from ray.exceptions import AuthenticationError
 
 from nkat_ray.cluster import connect
-from nkat_ray.cluster.connect import connected, nodes_to_come
+from nkat_ray.cluster.connect import connected, nodes_to_come, nodes_without
 from nkat_ray.cluster.gpus import GpuFacts
 from nkat_ray.cluster.resources import Share, cluster_of, refuse_oversized, room, trial_share
 from nkat_ray.config import RunConfig, TrialConfig
@@ -163,3 +163,14 @@ def test_a_plan_for_this_machine_starts_nothing_and_tries_its_gpus(monkeypatch: 
     with pytest.raises(UserError, match=r"node here: Ray offers 1 GPU that PyTorch cannot use \(too old\)"):
         connect.planned_cluster("local")
     assert connect.planned_cluster("local", 0.0).gpus == 1.0  # not tried, not used
+
+
+def test_the_nodes_beside_this_one_are_asked_whether_they_see_the_folder(
+    ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own,) = ray_local.nodes()
+    assert nodes_without(tmp_path / "absent") == []  # this one is where the file was made
+    other = {**own, "NodeID": "0" * len(own["NodeID"]), "NodeManagerHostname": "other"}
+    monkeypatch.setattr(connect.ray, "nodes", lambda: [own, other, {**other, "Alive": False}])
+    monkeypatch.setattr(connect, "_answer", lambda reference: False)
+    assert nodes_without(tmp_path) == ["other"]

@@ -72,6 +72,13 @@ def accuracies(out: Path) -> list[float]:
 # --- one training -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("flags", [(), ("--compile",)])
+def test_compile_reaches_the_training_which_says_where_it_cannot(flags, nkat, tmp_path, no_compiler):
+    code, said, _ = nkat(TINY, "--epochs", 1, "--warmup", 0, "--out", tmp_path / "a", *flags)
+    assert code == 0
+    assert ("compile: trained without it" in said) == bool(flags)
+
+
 def test_it_trains_scores_the_test_images_once_and_says_what_came_out(nkat, folder, tmp_path, tinted):
     code, said, _ = nkat(TINY, "--out", tmp_path / "a", "--seed", 3)
     assert code == 0

@@ -94,7 +94,7 @@ def test_the_winner_is_shown_over_validation_images(cifar10: Dataset, weights: W
 
 
 def test_a_run_shows_the_model_in_its_best_folder(cifar10: Dataset, weights: Weights, tmp_path: Path) -> None:
-    from nkat_ray.commands.tune import Driver
+    from nkat_ray.commands.driver import Driver
     from nkat_ray.train.transfer import save_weights
 
     save_weights(weights, weights.to_bytes(), tmp_path / "best")

@@ -6,6 +6,7 @@ import pytest
 from nkat_ray.cluster.resources import Share
 from nkat_ray.data.selection import Limits, Selection, select_images
 from nkat_ray.stage2.retrain import retrained
+from nkat_ray.stage2.worker import retrain_weights
 from nkat_ray.train.checkpoint import Weights
 
 SHARE = Share(cpus=1, gpus=0.0)
@@ -24,6 +25,14 @@ def test_a_design_is_retrained_once_per_seed(ray_local: Any, datasets: Any, imag
     for weights in networks.values():
         assert (weights.config, weights.epoch) == (source.config, source.config.epochs)
     assert not np.array_equal(*(weights.tensors["head.weight"].numpy() for weights in networks.values()))
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_compile_reaches_the_training_on_the_worker(
+    compiles: bool, datasets: Any, images: Selection, payload: bytes, no_compiler: None
+) -> None:
+    _, notices = retrain_weights(payload, images, datasets["cifar10"].traits, 11, compiles, SHARE)
+    assert any("compile: trained without it" in text for text in notices) == compiles
 
 
 def test_a_training_that_breaks_off_is_an_error_that_names_the_seed(

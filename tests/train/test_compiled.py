@@ -55,10 +55,8 @@ def test_losses_equal_those_without_compiling(losses: Callable[..., tuple[list[f
 
 
 def test_without_a_compiler_a_notice_says_so_and_the_training_is_the_same(
-    losses: Callable[..., tuple[list[float], list[str]]], monkeypatch: pytest.MonkeyPatch
+    losses: Callable[..., tuple[list[float], list[str]]], no_compiler: None
 ) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
-    torch._dynamo.reset()
     found, (notice,) = losses(compile=True)
     assert found == losses()[0]
     assert notice.startswith("compile: trained without it, since PyTorch cannot compile here: ")
